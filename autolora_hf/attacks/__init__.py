@@ -1,0 +1,4 @@
+from .pgd import PGD, attack_mode
+
+
+__all__ = ["PGD", "attack_mode"]

@@ -1,0 +1,213 @@
+"""Projected gradient descent in pixel space (Madry et al., ICLR 2018)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import ThreatModel
+from ..pixels import check_pixels
+
+
+AttackLoss = Literal["ce", "kl", "targeted"]
+
+
+@contextmanager
+def attack_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode without parameter gradients; on exit every module and parameter is as it was before.
+
+    Eval mode keeps the norm statistics and turns dropout off, so an attack changes no buffer and draws nothing from
+    the global random state. Parameter gradients are switched off because an attack needs input gradients alone.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for module, _ in modes:
+            module.training = False
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+@dataclass
+class PGD:
+    """Projected gradient descent inside a threat model.
+
+    Calling an instance runs the attack: `attack(model, pixels, labels) -> adversarial pixels`. The model is run in
+    eval mode and left exactly as it was: weights, buffers, gradients, training flags and the global random state.
+
+    Args:
+        threat_model (`ThreatModel`): Norm and radius of the ball, in [0, 1] pixels.
+        steps (`int`): Number of gradient steps. 10 is the training attack of AutoLoRa (section 3.2 of the paper).
+        step_size (`float`, *optional*): Length of a step in [0, 1] pixels. `None`: a quarter of `eps`, which is the
+            paper's 2/255 at 8/255.
+        loss (`str`): `"ce"` maximises the cross-entropy of the labels; `"kl"` maximises KL(model(x) || model(x~)),
+            the inner problem of TRADES (labels are ignored while searching); `"targeted"` takes the labels as classes
+            to be reached and minimises their cross-entropy.
+        random_start (`bool`): Start from a uniformly drawn point of the ball.
+        restarts (`int`): Independent runs; for every image the run that fools the model, else the one with the
+            largest loss, is returned. More than one needs `random_start`.
+        seed (`int`): Seed of the random starts when the call gets no `generator`.
+    """
+
+    threat_model: ThreatModel = field(default_factory=ThreatModel)
+    steps: int = 10
+    step_size: float | None = None
+    loss: AttackLoss = "ce"
+    random_start: bool = True
+    restarts: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.threat_model, ThreatModel):
+            raise TypeError(f"`threat_model` must be a ThreatModel, got {type(self.threat_model).__name__}.")
+        if self.steps < 1:
+            raise ValueError(f"`steps` must be at least 1, got {self.steps}.")
+        if self.loss not in ("ce", "kl", "targeted"):
+            raise ValueError(f"`loss` must be 'ce', 'kl' or 'targeted', got {self.loss!r}.")
+        if self.restarts < 1:
+            raise ValueError(f"`restarts` must be at least 1, got {self.restarts}.")
+        if self.restarts > 1 and not self.random_start:
+            raise ValueError("`restarts` > 1 without `random_start` would repeat the same run.")
+        if self.loss == "kl" and not self.random_start:
+            raise ValueError("`loss='kl'` needs `random_start`: at the clean image its gradient is exactly zero.")
+        if self.step_size is None:
+            self.step_size = self.threat_model.eps / 4
+        if not self.step_size > 0:
+            raise ValueError(f"`step_size` must be positive, got {self.step_size}.")
+
+    def __str__(self) -> str:
+        restarts = f", {self.restarts} restarts" if self.restarts > 1 else ""
+        loss = "" if self.loss == "ce" else f" ({self.loss})"
+        return f"PGD-{self.steps}{loss}{restarts}"
+
+    def __call__(
+        self,
+        model: nn.Module,
+        pixels: Tensor,
+        labels: Tensor,
+        *,
+        start: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Returns adversarial images of the same shape, dtype and device.
+
+        Args:
+            model (`nn.Module`): Maps pixels in [0, 1], N x C x H x W, to logits N x K; see
+                [`AutoLoraModel.pixel_space`].
+            pixels (`Tensor`): Images, float, in [0, 1].
+            labels (`Tensor`): Class indices, N; the classes to reach when `loss="targeted"`.
+            start (`Tensor`, *optional*): First iterate, used as it is instead of a random one.
+            generator (`torch.Generator`, *optional*): Source of the random starts. Without one every call draws from
+                a fresh generator seeded with `seed`, so equal calls give equal images.
+        """
+        check_pixels(pixels)
+        if start is not None and self.restarts > 1:
+            raise ValueError("`start` fixes the first iterate, so it cannot be combined with `restarts` > 1.")
+        if generator is None:
+            generator = torch.Generator(device=pixels.device).manual_seed(self.seed)
+        pixels = pixels.detach()
+        with attack_mode(model), torch.enable_grad():
+            reference = None
+            if self.loss == "kl":
+                with torch.no_grad():
+                    reference = F.softmax(logits_of(model(pixels)), dim=-1)
+            best = self._run(model, pixels, labels, reference, start, generator)
+            if self.restarts > 1:
+                best_fooled, best_loss = self._outcome(model, best, labels, reference)
+            for _ in range(self.restarts - 1):
+                candidate = self._run(model, pixels, labels, reference, start, generator)
+                fooled, loss = self._outcome(model, candidate, labels, reference)
+                # A run that fools the model beats every run that does not, whatever the losses are.
+                better = (fooled & ~best_fooled) | ((fooled == best_fooled) & (loss > best_loss))
+                best = torch.where(better.view(-1, 1, 1, 1), candidate, best)
+                best_fooled, best_loss = best_fooled | fooled, torch.where(better, loss, best_loss)
+        return best
+
+    def _run(
+        self,
+        model: nn.Module,
+        pixels: Tensor,
+        labels: Tensor,
+        reference: Tensor | None,
+        start: Tensor | None,
+        generator: torch.Generator,
+    ) -> Tensor:
+        if start is not None:
+            adversarial = start.detach().to(pixels)
+        elif self.random_start:
+            noise = random_perturbation(pixels, self.threat_model, generator)
+            adversarial = (pixels + noise).clamp_(0, 1)
+        else:
+            adversarial = pixels
+        for _ in range(self.steps):
+            adversarial = adversarial.detach().requires_grad_(True)
+            loss = self._losses(logits_of(model(adversarial)), labels, reference).sum()
+            (gradient,) = torch.autograd.grad(loss, adversarial)
+            adversarial = ascend(adversarial.detach(), gradient, self.step_size, self.threat_model)
+            adversarial = project(adversarial, pixels, self.threat_model)
+        return adversarial
+
+    def _losses(self, logits: Tensor, labels: Tensor, reference: Tensor | None) -> Tensor:
+        if self.loss == "kl":
+            return F.kl_div(F.log_softmax(logits, dim=-1), reference, reduction="none").sum(-1)
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        return -losses if self.loss == "targeted" else losses
+
+    @torch.no_grad()
+    def _outcome(
+        self, model: nn.Module, candidate: Tensor, labels: Tensor, reference: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        logits = logits_of(model(candidate))
+        hit = logits.argmax(-1) == labels
+        return hit if self.loss == "targeted" else ~hit, self._losses(logits, labels, reference)
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits tensor of a model output: a tensor, or anything with `.logits`."""
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def random_perturbation(pixels: Tensor, threat_model: ThreatModel, generator: torch.Generator) -> Tensor:
+    """Draws one perturbation an image uniformly from the ball of `threat_model`."""
+    if threat_model.norm == "linf":
+        noise = torch.empty_like(pixels).uniform_(-1, 1, generator=generator)
+        return noise.mul_(threat_model.eps)
+    # Uniform in an L2 ball of dimension d: a uniform direction times a radius u^(1/d).
+    direction = torch.empty_like(pixels).normal_(generator=generator)
+    direction = direction / l2_norms(direction)
+    radius = torch.empty_like(pixels[:, :1, :1, :1]).uniform_(0, 1, generator=generator)
+    return direction * radius.pow(1 / pixels[0].numel()) * threat_model.eps
+
+
+def ascend(adversarial: Tensor, gradient: Tensor, step_size: float, threat_model: ThreatModel) -> Tensor:
+    """One steepest-ascent step of length `step_size` in the norm of `threat_model`."""
+    if threat_model.norm == "linf":
+        return adversarial + step_size * gradient.sign()
+    return adversarial + step_size * gradient / l2_norms(gradient)
+
+
+def project(adversarial: Tensor, pixels: Tensor, threat_model: ThreatModel) -> Tensor:
+    """Projects onto the ball around `pixels`, then onto [0, 1]; the second step never leaves the ball."""
+    if threat_model.norm == "linf":
+        adversarial = adversarial.clamp(pixels - threat_model.eps, pixels + threat_model.eps)
+    else:
+        change = adversarial - pixels
+        adversarial = pixels + change * (threat_model.eps / l2_norms(change)).clamp(max=1)
+    return adversarial.clamp_(0, 1)
+
+
+def l2_norms(tensor: Tensor) -> Tensor:
+    """Euclidean length of each image, N x 1 x 1 x 1, kept away from zero."""
+    return tensor.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)

@@ -1,0 +1,158 @@
+"""Configuration objects: the threat model and the AutoLoRa adapter configuration."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from peft import LoraConfig
+
+
+Norm = Literal["linf", "l2"]
+
+# Fields of `AutoLoraConfig` that stock PEFT does not know. They live in `autolora_config.json`, so that
+# `adapter_config.json` stays a plain LoRA configuration.
+AUTOLORA_FIELDS = ("mode", "layout", "norm", "head")
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """The set of perturbations an adversary may choose from: a norm ball around each image, cut with [0, 1].
+
+    Args:
+        norm (`str`): `"linf"` (largest change of a pixel value) or `"l2"` (Euclidean length of the change).
+        eps (`float`): Radius of the ball in units of [0, 1] pixels, so the usual "8" of 8-bit images is `8/255`.
+
+    Raises:
+        ValueError: If the norm is unknown, or `eps` is not a positive finite number or is implausibly large; the
+            message suggests the likely meaning.
+    """
+
+    norm: Norm = field(default="linf", metadata={"help": "Norm of the perturbation: 'linf' or 'l2'."})
+    eps: float = field(default=8 / 255, metadata={"help": "Radius of the ball, in units of [0, 1] pixels."})
+
+    def __post_init__(self) -> None:
+        if self.norm not in ("linf", "l2"):
+            raise ValueError(f"`norm` must be 'linf' or 'l2', got {self.norm!r}.")
+        if isinstance(self.eps, bool) or not isinstance(self.eps, (int, float)) or not math.isfinite(self.eps):
+            raise ValueError(f"`eps` must be a finite number in units of [0, 1] pixels, got {self.eps!r}.")
+        if self.eps < 0:
+            raise ValueError(f"`eps` must be positive, got {self.eps}. Did you mean {-self.eps}?")
+        if self.eps == 0:
+            raise ValueError(
+                "`eps` is 0, which allows no perturbation: accuracy under it is natural accuracy, which "
+                "`evaluate_robustness` reports anyway. A common value for colour images is 8/255."
+            )
+        # The unit square's diagonal bounds L2 by sqrt(C*H*W); 16 already is twice the radius of anything published
+        # at 224 px, while 8-bit radii (e.g. 128) start there.
+        limit = 1 if self.norm == "linf" else 16
+        if self.eps > limit:
+            raise ValueError(
+                f"`eps` is {self.eps:g}, but pixels are in [0, 1] and the largest sensible {self.norm} radius is "
+                f"{limit}. Did you mean {self.eps:g}/255 = {self.eps / 255:.5f}?"
+            )
+
+    def __str__(self) -> str:
+        name = {"linf": "Linf", "l2": "L2"}[self.norm]
+        scaled = self.eps * 255
+        if self.norm == "linf" and abs(scaled - round(scaled)) < 1e-6:
+            return f"{name}, eps = {round(scaled)}/255"
+        return f"{name}, eps = {self.eps:.4g}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class AutoLoraConfig(LoraConfig):
+    """Configuration of [`AutoLoraModel`]: a `LoraConfig` with the choices that AutoLoRa adds.
+
+    Every field of `LoraConfig` that concerns plain LoRA (`r`, `lora_alpha`, `lora_dropout`, `init_lora_weights`,
+    `rank_pattern`, ...) means what it means in PEFT and applies to each branch. On disk an adapter is a plain LoRA
+    adapter; the fields below are kept in `autolora_config.json`.
+
+    Args:
+        mode (`str`): What the robust route trains. `"full"` (the paper): the whole backbone and the head, with a LoRA
+            branch for the natural route. `"adapter"`: the backbone stays frozen; a `robust` LoRA adapter, the head and
+            the BatchNorm layers train, with a second LoRA branch on top for the natural route.
+        layout (`str`, *optional*): Factorisation of the branch. `"released"` is the one of the paper's code,
+            `dW = reshape(B A) * lora_alpha / r` with `A` of shape `r k x c_in k`, `B` of `c_out k x r k` and
+            `A ~ N(0, 1)`. `"peft"` is PEFT's own (for convolutions: k x k to `r` channels, then 1 x 1). `None`: `"released"` in mode
+            `full`, `"peft"` in mode `adapter`, whose adapter then is no larger than it must be.
+        norm (`str`): What the two routes share of BatchNorm layers. `"shared"` (the paper): everything.
+            `"robust_stats"`: the natural route normalises with batch statistics but leaves the running ones alone.
+            `"dual"`: one set for each route; the natural set keeps its affine parameters.
+        head (`str`, *optional*): Name of the classification layer. `None`: found by following the logits.
+        lora_alpha (`int`, *optional*): Scale of the branch is `lora_alpha / r`. `None`: 1 in mode `full` (the paper);
+            `2 r` in mode `adapter`, where the branch has to carry the whole change of the backbone.
+        target_modules (`list[str]`, *optional*): Names of the layers that get a branch. `None`: every convolution and
+            linear layer inside the repeated blocks; never the stem or the head (section 4.1 of the paper).
+    """
+
+    mode: Literal["full", "adapter"] = field(
+        default="full", metadata={"help": "'full' trains the backbone, 'adapter' a LoRA adapter on a frozen one."}
+    )
+    layout: Literal["released", "peft"] | None = field(
+        default=None, metadata={"help": "Factorisation of the branch: 'released' (the paper's code) or 'peft'."}
+    )
+    norm: Literal["shared", "robust_stats", "dual"] = field(
+        default="shared", metadata={"help": "What the two routes share of BatchNorm: shared, robust_stats or dual."}
+    )
+    head: str | None = field(
+        default=None, metadata={"help": "Name of the classification layer; found by itself when left out."}
+    )
+    lora_alpha: int | None = field(default=None, metadata={"help": "Scale of the branch is lora_alpha / r."})
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("mode", ("full", "adapter")),
+            ("layout", ("released", "peft", None)),
+            ("norm", ("shared", "robust_stats", "dual")),
+        ):
+            if getattr(self, name) not in allowed:
+                options = ", ".join(repr(option) for option in allowed if option)
+                raise ValueError(f"`{name}` must be one of {options}, got {getattr(self, name)!r}.")
+        if self.layout is None:
+            self.layout = "released" if self.mode == "full" else "peft"
+        if self.lora_alpha is None:
+            self.lora_alpha = 1 if self.mode == "full" else 2 * self.r
+        super().__post_init__()
+        self._refuse_unsupported()
+
+    def _refuse_unsupported(self) -> None:
+        refused = {
+            "bias": self.bias != "none",
+            "use_dora": self.use_dora,
+            "lora_bias": self.lora_bias,
+            "layer_replication": self.layer_replication is not None,
+            "target_parameters": self.target_parameters is not None,
+            "trainable_token_indices": self.trainable_token_indices is not None,
+            "init_lora_weights": self.init_lora_weights not in (True, False, "gaussian"),
+        }
+        bad = [name for name, is_set in refused.items() if is_set]
+        if bad:
+            raise ValueError(
+                f"AutoLoraConfig does not support {', '.join(f'`{name}={getattr(self, name)!r}`' for name in bad)}: "
+                "the two routes are only defined for plain LoRA."
+            )
+        if self.modules_to_save:
+            raise ValueError(
+                f"`modules_to_save={list(self.modules_to_save)}` cannot be set: in mode 'full' everything trains and "
+                "is saved, in mode 'adapter' the head and the BatchNorm layers are added by themselves. Use `head` to "
+                "name the classification layer."
+            )
+        if self.layout == "released" and self.lora_dropout:
+            raise ValueError(
+                f"`lora_dropout={self.lora_dropout}` needs `layout='peft'`: the released layout is a change of the "
+                "weight, which has no input of its own to drop from."
+            )
+
+    def lora_config(self, **changes: Any) -> LoraConfig:
+        """A stock `LoraConfig` of one branch: this configuration without the AutoLoRa fields, with `changes`."""
+        fields = {
+            name: value
+            for name, value in vars(self).items()
+            if name not in AUTOLORA_FIELDS and not name.startswith("_") and name in LoraConfig.__dataclass_fields__
+        }
+        return LoraConfig(**{**fields, **changes})

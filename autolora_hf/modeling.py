@@ -1,0 +1,386 @@
+"""`AutoLoraModel`: a PEFT model with two routes."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from . import backbones, saving, targets
+from .attacks.pgd import attack_mode, logits_of
+from .config import AutoLoraConfig, ThreatModel
+from .layers import ReleasedLora
+from .pixels import Normalize, Preprocessing
+from .routes import NATURAL, ROBUST, Route, RouteSwitch
+
+
+class AutoLoraModel(PeftModel):
+    """A vision classifier with a deployed robust route and a natural route for training (AutoLoRa, section 4.1).
+
+    `model(pixel_values)` runs the deployed route on *normalised* images, as the base model would;
+    [`~AutoLoraModel.pixel_space`] is the same function of pixels in [0, 1]. Make one with [`get_autolora_model`].
+
+    Attributes:
+        autolora_config (`AutoLoraConfig`): Mode, layout and norm handling, with every choice resolved.
+        preprocessing (`Preprocessing`): What the checkpoint expects of an image.
+        threat_model (`ThreatModel`): What the model is trained, or was trained, to withstand.
+        label_names (`list[str]`, *optional*): Class names in class order.
+        backbone (`dict`): Where the backbone came from and how to build it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: AutoLoraConfig,
+        *,
+        preprocessing: Preprocessing,
+        backbone: dict[str, Any],
+        label_names: list[str] | None = None,
+        threat_model: ThreatModel | None = None,
+    ) -> None:
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        norms = list(targets.statistics_norms(model))
+        self._check_norm_mode(config, norms)
+        saved = [config.head, *norms] if config.mode == "adapter" else None
+        self._check_suffixes(model, saved or [])
+
+        def branch(**changes: Any) -> Any:
+            lora = config.lora_config(**changes)
+            if config.layout == "released":
+                lora._register_custom_module({nn.Conv2d: ReleasedLora, nn.Linear: ReleasedLora})
+            return lora
+
+        if config.mode == "full":
+            super().__init__(model, branch(), adapter_name=NATURAL)
+        else:
+            super().__init__(model, branch(modules_to_save=saved), adapter_name=ROBUST)
+            self.add_adapter(NATURAL, branch())
+        self.autolora_config = config
+        self.preprocessing = preprocessing
+        self.threat_model = threat_model or ThreatModel()
+        self.label_names = label_names
+        self.backbone = backbone
+        self.num_classes = backbones.num_classes_of(model)
+        self.natural_norms = nn.ModuleDict()
+        self._restore_trainable(trainable)
+        self._switch = self._build_routes(norms)
+
+    @staticmethod
+    def _check_norm_mode(config: AutoLoraConfig, norms: list[str]) -> None:
+        if config.norm != "shared" and not norms:
+            raise ValueError(
+                f"`norm={config.norm!r}` is about the running statistics of BatchNorm, and this model has none: "
+                "use `norm='shared'`."
+            )
+
+    @staticmethod
+    def _check_suffixes(model: nn.Module, names: list[str]) -> None:
+        # PEFT matches `modules_to_save` by plain suffix, without a dot before it, so a name can catch other layers.
+        caught = [name for name, _ in model.named_modules() if any(name.endswith(wanted) for wanted in names)]
+        extra = sorted(set(caught) - set(names))
+        if extra:
+            raise ValueError(
+                f"PEFT's `modules_to_save` cannot tell {', '.join(extra)} from the layers to be saved in mode "
+                "'adapter', because their names end alike. Use `mode='full'` for this architecture."
+            )
+
+    def _restore_trainable(self, trainable: list[nn.Parameter]) -> None:
+        """PEFT freezes everything but the active adapter; here several parts train at once."""
+        self.requires_grad_(False)
+        parts = []
+        if self.autolora_config.mode == "full":
+            parts += trainable
+        else:
+            for module in self._saved_modules().values():
+                parts += module.parameters()
+        for layer in self.lora_layers().values():
+            for adapter in self.peft_config:
+                parts += [saving.factor(layer, side, adapter) for side in ("lora_A", "lora_B")]
+        for parameter in parts:
+            parameter.requires_grad_(True)
+
+    def _build_routes(self, norms: list[str]) -> RouteSwitch:
+        layers = self.lora_layers()
+        full = self.autolora_config.mode == "full"
+        head = set(self.head.parameters())
+        branch = {saving.factor(layer, side, NATURAL) for layer in layers.values() for side in ("lora_A", "lora_B")}
+        blocked = [p for p in self.parameters() if p.requires_grad and p not in head and p not in branch]
+        natural = Route(adapters=(NATURAL,) if full else (ROBUST, NATURAL), blocked=blocked)
+        robust = Route(adapters=() if full else (ROBUST,))
+
+        base = self.get_base_model()
+        for name in norms:
+            parent_name, _, child = name.rpartition(".")
+            parent = base.get_submodule(parent_name)
+            original = parent._modules[child]
+            inner = original.modules_to_save[ROBUST] if isinstance(original, ModulesToSaveWrapper) else original
+            if self.autolora_config.norm == "robust_stats":
+                natural.untracked.append(inner)
+            elif self.autolora_config.norm == "dual":
+                # The natural set's affine parameters never train (as in the released dual BatchNorm).
+                replacement = copy.deepcopy(inner).requires_grad_(False)
+                self.natural_norms[name.replace(".", "/")] = replacement
+                natural.swapped.append((parent, child, original, replacement))
+        return RouteSwitch(list(layers.values()), {ROBUST: robust, NATURAL: natural})
+
+    # ---- structure ----
+
+    def lora_layers(self) -> dict[str, LoraLayer]:
+        """Layers that carry a branch, by their name in the base model."""
+        return {
+            name: module for name, module in self.get_base_model().named_modules() if isinstance(module, LoraLayer)
+        }
+
+    def _saved_modules(self) -> dict[str, nn.Module]:
+        """Mode `adapter`: head and BatchNorm layers that the robust adapter carries, by their name in the base."""
+        return {
+            name: module.modules_to_save[ROBUST]
+            for name, module in self.get_base_model().named_modules()
+            if isinstance(module, ModulesToSaveWrapper)
+        }
+
+    @property
+    def head(self) -> nn.Module:
+        """The classification layer that both routes share and train."""
+        module = self.get_base_model().get_submodule(self.autolora_config.head)
+        return module.modules_to_save[ROBUST] if isinstance(module, ModulesToSaveWrapper) else module
+
+    # ---- forward ----
+
+    def forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Runs the deployed route, or the one of an enclosing [`route`].
+
+        Args:
+            pixel_values (`Tensor`): Images normalised as the checkpoint's own preprocessing does, N x 3 x H x W.
+
+        Returns:
+            What the base model returns: a tensor of logits for timm, an `ImageClassifierOutput` for transformers.
+        """
+        # Positional, because timm calls its input `x`.
+        return super().forward(pixel_values, *args, **kwargs)
+
+    def route(self, name: str) -> AbstractContextManager[None]:
+        """Context in which the model runs route `"robust"` or `"natural"`, and only that route's parameters train."""
+        return self._switch.use(name)
+
+    @property
+    def current_route(self) -> str:
+        return self._switch.current
+
+    def pixel_space(self, route: str | None = None) -> PixelModel:
+        """The model as a function of pixels: float N x 3 x H x W in [0, 1] to logits N x K.
+
+        Shares every weight with this model. This is what an attack library takes.
+        """
+        return PixelModel(self, route or self.current_route)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """The base model without any branch. In mode `full` that is the robust route."""
+        adapters = {
+            name: (layer._disable_adapters, layer._active_adapter) for name, layer in self.lora_layers().items()
+        }
+        saved = [module for module in self.modules() if isinstance(module, ModulesToSaveWrapper)]
+        try:
+            for layer in self.lora_layers().values():
+                layer._disable_adapters = True
+            for module in saved:
+                module._disable_adapters = True
+            yield
+        finally:
+            for name, layer in self.lora_layers().items():
+                layer._disable_adapters, layer._active_adapter = adapters[name]
+            for module in saved:
+                module._disable_adapters = False
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        raise RuntimeError(
+            f"`set_adapter({adapter_name!r})` would break the two routes of an AutoLoraModel. Use "
+            "`with model.route('natural'): ...` or `load_autolora_model(..., route='natural')`."
+        )
+
+    # ---- saving ----
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Writes everything [`load_autolora_model`] needs to rebuild both routes bit for bit; safetensors only.
+
+        Mode `full`: the robust model as an ordinary timm or transformers checkpoint. Mode `adapter`: the robust adapter
+        as a stock PEFT adapter. Both: the natural branch, and `autolora_config.json`. Files appear whole or not at all.
+
+        Args:
+            save_directory (`str`): Folder to write to; created if needed.
+            is_main_process (`bool`): Write nothing when `False`.
+        """
+        if kwargs.pop("is_main_process", True):
+            saving.save(self, save_directory)
+
+    def load_weights(self, directory: str | os.PathLike) -> None:
+        """Loads what [`save_pretrained`] of a model of the same configuration wrote, in place.
+
+        Raises:
+            ValueError: If anything is missing, left over or of another shape; nothing is changed then.
+        """
+        saving.load_weights(self, directory)
+
+
+class PixelModel(nn.Module):
+    """One route of a model as a function of pixels in [0, 1]; see [`AutoLoraModel.pixel_space`]."""
+
+    def __init__(self, model: AutoLoraModel, route: str) -> None:
+        super().__init__()
+        self.model = model
+        self.route = model._switch._checked(route)
+        reference = next(model.parameters())
+        self.normalize = Normalize(model.preprocessing).to(reference.device)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        with self.model.route(self.route):
+            return logits_of(self.model(self.normalize(pixels)))
+
+
+def get_autolora_model(
+    model: nn.Module | str,
+    config: AutoLoraConfig | None = None,
+    *,
+    num_classes: int | None = None,
+    preprocessing: Preprocessing | None = None,
+    label_names: list[str] | None = None,
+    threat_model: ThreatModel | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> AutoLoraModel:
+    """Makes a model with a robust and a natural route.
+
+    At the start both routes compute what the backbone computes. The model is changed in place, as `get_peft_model` does.
+
+    Args:
+        model (`nn.Module` or `str`): A timm model, a transformers image classifier, or a checkpoint name: `"quickstart"`,
+            `"resnet50"`, `"hf-hub:org/name"`, `"org/name"`, a local directory.
+        config (`AutoLoraConfig`, *optional*): Defaults to the paper's setting.
+        num_classes (`int`, *optional*): For a name: number of classes; a head of another size is created afresh.
+        preprocessing (`Preprocessing`, *optional*): Overrides what the checkpoint says, for instance the image size.
+        label_names (`list[str]`, *optional*): Class names in class order, saved with the model.
+        threat_model (`ThreatModel`, *optional*): Defaults to Linf with eps = 8/255; the trainer sets its own.
+        revision (`str`, *optional*), token (*optional*): For a Hub name.
+
+    Raises:
+        ValueError: If the architecture cannot have two exact routes; the message names the layers and what to pass.
+    """
+    name = model if isinstance(model, str) else None
+    if name is not None:
+        model = backbones.load_backbone(name, num_classes, revision=revision, token=token)
+    elif num_classes is not None and num_classes != backbones.num_classes_of(model):
+        raise ValueError(
+            f"`num_classes={num_classes}`, but the model has {backbones.num_classes_of(model)} classes. Create the "
+            "model with the right number: `num_classes` only applies to checkpoint names."
+        )
+    if any(isinstance(module, LoraLayer) for module in model.modules()):
+        raise ValueError("The model already carries adapters: merge or unload them first.")
+    backbones.library_of(model)
+    targets.refuse_unsupported(model)
+    if label_names is not None and len(label_names) != backbones.num_classes_of(model):
+        raise ValueError(f"{len(label_names)} label names for a model of {backbones.num_classes_of(model)} classes.")
+    preprocessing = preprocessing or backbones.resolve_preprocessing(model, name)
+    config = copy.deepcopy(config or AutoLoraConfig())
+
+    reference = next(model.parameters())
+    example = torch.zeros(1, 3, *preprocessing.image_size, device=reference.device, dtype=reference.dtype)
+    with attack_mode(model):
+        head = targets.resolve_head(model, example) if config.head is None else config.head
+    if head not in dict(model.named_modules()):
+        raise ValueError(f"`head={head!r}` is not a layer of {type(model).__name__}.")
+    config.head = head
+    if config.target_modules is None:
+        config.target_modules = targets.resolve_targets(model, head)
+    else:
+        targets.check_requested(model, config.target_modules, head)
+    backbone = backbones.describe_backbone(model, name, revision)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    adapted = AutoLoraModel(
+        model,
+        config,
+        preprocessing=preprocessing,
+        backbone=backbone,
+        label_names=label_names or backbones.label_names_of(model),
+        threat_model=threat_model,
+    )
+    try:
+        with torch.enable_grad(), _eval(adapted), adapted.route(NATURAL):
+            targets.check_alive(adapted, example)
+    except ValueError:
+        # Give the caller's model back as it was.
+        adapted.base_model.unload()
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        raise
+    return adapted
+
+
+def load_autolora_model(
+    name_or_path: str | os.PathLike,
+    route: str = ROBUST,
+    *,
+    base_model: nn.Module | str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> AutoLoraModel:
+    """Loads a model that [`AutoLoraModel.save_pretrained`] wrote, from a folder or from the Hub, in eval mode.
+
+    Args:
+        name_or_path (`str`): Local folder or Hub repository.
+        route (`str`): Route that a plain forward runs: `"robust"` (deployed) or `"natural"`.
+        base_model (`nn.Module` or `str`, *optional*): The backbone of a `mode="adapter"` model. `None`: the checkpoint
+            the adapter was trained on.
+        revision (`str`, *optional*), token (*optional*): For a Hub repository.
+
+    Raises:
+        ValueError: If files are missing, damaged or belong to another model; nothing partial is loaded.
+    """
+    directory = saving.resolve_directory(name_or_path, revision=revision, token=token)
+    record = saving.read_record(directory)
+    config = AutoLoraConfig(**record["config"])
+    if base_model is None and config.mode == "full":
+        base_model = backbones.rebuild_backbone(record["backbone"], device="cpu")
+    elif base_model is None:
+        base_model = record["backbone"]["name_or_path"]
+        if base_model is None:
+            raise ValueError(
+                f"{name_or_path} is an adapter of a {record['backbone']['architecture']} that was created in memory, so "
+                "its weights cannot be found by name: pass the model as `base_model=`."
+            )
+    name = base_model if isinstance(base_model, str) else record["backbone"]["name_or_path"]
+    if isinstance(base_model, str):
+        base_model = backbones.load_backbone(
+            base_model, record["num_classes"], revision=record["backbone"]["revision"], token=token
+        )
+    saving.check_backbone(base_model, record)
+    model = get_autolora_model(
+        base_model,
+        config,
+        preprocessing=Preprocessing(**record["preprocessing"]),
+        label_names=record["label_names"],
+        threat_model=ThreatModel(**record["threat_model"]),
+    )
+    model.backbone.update(name_or_path=name, revision=record["backbone"]["revision"])
+    model.load_weights(directory)
+    model._switch.rest_in(route)
+    return model.eval()
+
+
+@contextmanager
+def _eval(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,114 @@
+"""The two routes through one network.
+
+A route says which adapters are on, which BatchNorm set is used and which parameters may receive gradient (section 4.1
+of the paper). Switching sets flags only: PEFT's own `set_adapter` and `disable_adapter` also rewrite `requires_grad`
+and, for the head, change which weights are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+
+ROBUST = "robust"
+NATURAL = "natural"
+ROUTES = (ROBUST, NATURAL)
+
+
+@dataclass
+class Route:
+    """One way through the network.
+
+    Args:
+        adapters (`tuple[str, ...]`): Adapters in the forward pass; none: the layers run without a branch.
+        blocked (`list[nn.Parameter]`): Parameters the route uses but must not train (stop-gradient of their current
+            values).
+        swapped (`list[tuple[nn.Module, str, nn.Module, nn.Module]]`): `(parent, child name, original, replacement)`:
+            layers that another one stands in for while the route runs.
+        untracked (`list[nn.Module]`): BatchNorm layers whose running statistics this route leaves alone.
+    """
+
+    adapters: tuple[str, ...]
+    blocked: list[nn.Parameter] = field(default_factory=list)
+    swapped: list[tuple[nn.Module, str, nn.Module, nn.Module]] = field(default_factory=list)
+    untracked: list[nn.Module] = field(default_factory=list)
+
+
+class RouteSwitch:
+    """Holds the routes of a model and runs code inside one of them.
+
+    Args:
+        layers (`list[BaseTunerLayer]`): Every layer that carries a branch.
+        routes (`dict[str, Route]`): The routes by name.
+        resting (`str`): The deployed route: what a plain forward runs.
+    """
+
+    def __init__(self, layers: list[BaseTunerLayer], routes: dict[str, Route], resting: str = ROBUST) -> None:
+        self.layers = layers
+        self.routes = routes
+        self.current = self._checked(resting)
+        self._held: list[nn.Parameter] = []
+        self._enter(resting)
+
+    @contextmanager
+    def use(self, name: str) -> Iterator[None]:
+        """Runs the body in route `name`; flags and `requires_grad` are as before afterwards, also after an error."""
+        outer, outer_held = self.current, self._held
+        held = self.routes[self._checked(name)].blocked
+        # A route inside another one blocks what it says, not the union of both.
+        for parameter in outer_held:
+            parameter.requires_grad_(True)
+        held = [parameter for parameter in held if parameter.requires_grad]
+        for parameter in held:
+            parameter.requires_grad_(False)
+        self._leave(outer)
+        self._enter(name)
+        self.current, self._held = name, held
+        try:
+            yield
+        finally:
+            self._leave(name)
+            self._enter(outer)
+            for parameter in held:
+                parameter.requires_grad_(True)
+            for parameter in outer_held:
+                parameter.requires_grad_(False)
+            self.current, self._held = outer, outer_held
+
+    def rest_in(self, name: str) -> None:
+        """Makes `name` the deployed route, so that a plain forward runs it."""
+        self._leave(self.current)
+        self._enter(self._checked(name))
+        self.current = name
+
+    def refresh(self) -> None:
+        """Sets the flags of the current route again, after other code has changed them."""
+        self._enter(self.current)
+
+    def _checked(self, name: str) -> str:
+        if name not in self.routes:
+            raise ValueError(f"Unknown route {name!r}; this model has {', '.join(map(repr, self.routes))}.")
+        return name
+
+    def _enter(self, name: str) -> None:
+        route = self.routes[name]
+        for layer in self.layers:
+            layer._disable_adapters = not route.adapters
+            if route.adapters:
+                layer._active_adapter = list(route.adapters)
+        for parent, child, _, replacement in route.swapped:
+            parent._modules[child] = replacement
+        for module in route.untracked:
+            module.track_running_stats = False
+
+    def _leave(self, name: str) -> None:
+        route = self.routes[name]
+        for parent, child, original, _ in route.swapped:
+            parent._modules[child] = original
+        for module in route.untracked:
+            module.track_running_stats = True
