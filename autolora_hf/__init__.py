@@ -1,19 +1,57 @@
 """Adversarially robust fine-tuning of any timm or Hugging Face vision checkpoint, without a hyper-parameter search."""
 
-from .attacks import PGD
-from .config import AutoLoraConfig, ThreatModel
-from .modeling import AutoLoraModel, get_autolora_model, load_autolora_model
-from .pixels import Preprocessing
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .attacks import PGD
+    from .config import AutoLoraConfig, ThreatModel
+    from .evaluation import RobustnessReport, evaluate_robustness
+    from .modeling import AutoLoraModel, get_autolora_model, load_autolora_model
+    from .pixels import Preprocessing
+    from .training import AutoLoraTrainer, AutoLoraTrainingArguments
 
 
 __version__ = "0.1.0"
 
-__all__ = [
+# Imported when first used: torch, timm and transformers take seconds, and `autolora --help` needs none of them.
+_MODULES = {
+    "PGD": "attacks",
+    "AutoLoraConfig": "config",
+    "AutoLoraModel": "modeling",
+    "AutoLoraTrainer": "training",
+    "AutoLoraTrainingArguments": "training",
+    "Preprocessing": "pixels",
+    "RobustnessReport": "evaluation",
+    "ThreatModel": "config",
+    "evaluate_robustness": "evaluation",
+    "get_autolora_model": "modeling",
+    "load_autolora_model": "modeling",
+}
+
+__all__ = [  # noqa: F822 - see `__getattr__`
     "PGD",
     "AutoLoraConfig",
     "AutoLoraModel",
+    "AutoLoraTrainer",
+    "AutoLoraTrainingArguments",
     "Preprocessing",
+    "RobustnessReport",
     "ThreatModel",
+    "evaluate_robustness",
     "get_autolora_model",
     "load_autolora_model",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -77,9 +77,9 @@ class AutoLoraConfig(LoraConfig):
             branch for the natural route. `"adapter"`: the backbone stays frozen; a `robust` LoRA adapter, the head and
             the BatchNorm layers train, with a second LoRA branch on top for the natural route.
         layout (`str`, *optional*): Factorisation of the branch. `"released"` is the one of the paper's code,
-            `dW = reshape(B A) * lora_alpha / r` with `A` of shape `r k x c_in k`, `B` of `c_out k x r k` and
-            `A ~ N(0, 1)`. `"peft"` is PEFT's own (for convolutions: k x k to `r` channels, then 1 x 1). `None`: `"released"` in mode
-            `full`, `"peft"` in mode `adapter`, whose adapter then is no larger than it must be.
+            `dW = reshape(B A) * lora_alpha / r` with `A` of shape `r k x c_in k`, `B` of `c_out k x r k` and `A ~ N(0,
+            1)`. `"peft"` is PEFT's own (for convolutions: k x k to `r` channels, then 1 x 1). `None`: `"released"` in
+            mode `full`, `"peft"` in mode `adapter`, whose adapter then is no larger than it must be.
         norm (`str`): What the two routes share of BatchNorm layers. `"shared"` (the paper): everything.
             `"robust_stats"`: the natural route normalises with batch statistics but leaves the running ones alone.
             `"dual"`: one set for each route; the natural set keeps its affine parameters.
@@ -87,7 +87,7 @@ class AutoLoraConfig(LoraConfig):
         lora_alpha (`int`, *optional*): Scale of the branch is `lora_alpha / r`. `None`: 1 in mode `full` (the paper);
             `2 r` in mode `adapter`, where the branch has to carry the whole change of the backbone.
         target_modules (`list[str]`, *optional*): Names of the layers that get a branch. `None`: every convolution and
-            linear layer inside the repeated blocks; never the stem or the head (section 4.1 of the paper).
+            linear layer inside the repeated blocks; never the stem or the head (as in the paper).
     """
 
     mode: Literal["full", "adapter"] = field(

@@ -23,7 +23,8 @@ from .routes import NATURAL, ROBUST, Route, RouteSwitch
 
 
 class AutoLoraModel(PeftModel):
-    """A vision classifier with a deployed robust route and a natural route for training (AutoLoRa, section 4.1).
+    """A vision classifier with a deployed robust route and a natural route for training (AutoLoRa,
+    Xu et al., ICLR 2024).
 
     `model(pixel_values)` runs the deployed route on *normalised* images, as the base model would;
     [`~AutoLoraModel.pixel_space`] is the same function of pixels in [0, 1]. Make one with [`get_autolora_model`].
@@ -212,8 +213,9 @@ class AutoLoraModel(PeftModel):
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Writes everything [`load_autolora_model`] needs to rebuild both routes bit for bit; safetensors only.
 
-        Mode `full`: the robust model as an ordinary timm or transformers checkpoint. Mode `adapter`: the robust adapter
-        as a stock PEFT adapter. Both: the natural branch, and `autolora_config.json`. Files appear whole or not at all.
+        Mode `full`: the robust model as an ordinary timm or transformers checkpoint. Mode `adapter`: the robust
+        adapter as a stock PEFT adapter. Both: the natural branch, and `autolora_config.json`. Files appear whole or
+        not at all.
 
         Args:
             save_directory (`str`): Folder to write to; created if needed.
@@ -259,11 +261,12 @@ def get_autolora_model(
 ) -> AutoLoraModel:
     """Makes a model with a robust and a natural route.
 
-    At the start both routes compute what the backbone computes. The model is changed in place, as `get_peft_model` does.
+    At the start both routes compute what the backbone computes. The model is changed in place, as `get_peft_model`
+    does.
 
     Args:
-        model (`nn.Module` or `str`): A timm model, a transformers image classifier, or a checkpoint name: `"quickstart"`,
-            `"resnet50"`, `"hf-hub:org/name"`, `"org/name"`, a local directory.
+        model (`nn.Module` or `str`): A timm model, a transformers image classifier, or a checkpoint name:
+            `"quickstart"`, `"resnet50"`, `"hf-hub:org/name"`, `"org/name"`, a local directory.
         config (`AutoLoraConfig`, *optional*): Defaults to the paper's setting.
         num_classes (`int`, *optional*): For a name: number of classes; a head of another size is created afresh.
         preprocessing (`Preprocessing`, *optional*): Overrides what the checkpoint says, for instance the image size.
@@ -353,8 +356,8 @@ def load_autolora_model(
         base_model = record["backbone"]["name_or_path"]
         if base_model is None:
             raise ValueError(
-                f"{name_or_path} is an adapter of a {record['backbone']['architecture']} that was created in memory, so "
-                "its weights cannot be found by name: pass the model as `base_model=`."
+                f"{name_or_path} is an adapter of a {record['backbone']['architecture']} that was created in memory, "
+                "so its weights cannot be found by name: pass the model as `base_model=`."
             )
     name = base_model if isinstance(base_model, str) else record["backbone"]["name_or_path"]
     if isinstance(base_model, str):

@@ -7,10 +7,14 @@ that is attacked, so that epsilon always means what the threat model says.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
+from timm.data import create_transform
 from torch import Tensor, nn
 
 
@@ -27,8 +31,13 @@ class Preprocessing:
         mean (`tuple[float, ...]`): Mean of the normalisation, one value a channel, for pixels in [0, 1].
         std (`tuple[float, ...]`): Standard deviation of the normalisation, likewise.
         interpolation (`str`): Resampling filter of the resize.
-        crop_pct (`float`): Share of the resized image that the evaluation crop keeps, in (0, 1].
-        crop_mode (`str`): `"center"` resizes the shorter side and crops; `"squash"` resizes both sides to the target.
+        crop_pct (`float`): Share of the resized image's shorter side that the evaluation crop keeps. Above 1 (VOLO)
+            the image is resized to less than the target and gets a black border.
+        crop_mode (`str`): How an image of another shape becomes one of `image_size`, each side being resized to
+            `image_size / crop_pct` before the centre is cropped: `"center"` fits the shorter side and cuts the longer
+            one, `"squash"` fits both, `"border"` fits the longer one and fills the rest with the mean.
+        channel_order (`str`): `"bgr"` if the network takes blue first (MobileViT of transformers). Pixels, mean and
+            std are in the order of RGB all the same.
     """
 
     image_size: tuple[int, int] = field(default=(224, 224), metadata={"help": "Height and width in pixels."})
@@ -36,7 +45,8 @@ class Preprocessing:
     std: tuple[float, ...] = field(default=(0.229, 0.224, 0.225), metadata={"help": "Standard deviation a channel."})
     interpolation: str = field(default="bicubic", metadata={"help": "Resampling filter."})
     crop_pct: float = field(default=0.875, metadata={"help": "Share of the image the evaluation crop keeps."})
-    crop_mode: str = field(default="center", metadata={"help": "'center' or 'squash'."})
+    crop_mode: str = field(default="center", metadata={"help": "'center', 'squash' or 'border'."})
+    channel_order: str = field(default="rgb", metadata={"help": "'rgb', or 'bgr' if the network takes blue first."})
 
     def __post_init__(self) -> None:
         # Lists come back from JSON; tuples keep the object hashable and comparable.
@@ -54,10 +64,12 @@ class Preprocessing:
             raise ValueError(
                 f"`interpolation` must be one of {sorted(_RESAMPLE_NAMES.values())}, got {self.interpolation!r}."
             )
-        if not 0 < self.crop_pct <= 1:
-            raise ValueError(f"`crop_pct` must be in (0, 1], got {self.crop_pct}.")
-        if self.crop_mode not in ("center", "squash"):
-            raise ValueError(f"`crop_mode` must be 'center' or 'squash', got {self.crop_mode!r}.")
+        if not 0 < self.crop_pct <= 1.5:
+            raise ValueError(f"`crop_pct` must be a share in (0, 1.5], got {self.crop_pct}.")
+        if self.crop_mode not in ("center", "squash", "border"):
+            raise ValueError(f"`crop_mode` must be 'center', 'squash' or 'border', got {self.crop_mode!r}.")
+        if self.channel_order not in ("rgb", "bgr"):
+            raise ValueError(f"`channel_order` must be 'rgb' or 'bgr', got {self.channel_order!r}.")
 
     @classmethod
     def from_timm(cls, model: nn.Module) -> Preprocessing:
@@ -74,56 +86,84 @@ class Preprocessing:
             # timm's "random" is a training-time choice among filters; evaluation uses bicubic.
             interpolation="bicubic" if config["interpolation"] == "random" else config["interpolation"],
             crop_pct=config["crop_pct"],
-            crop_mode="squash" if config["crop_mode"] == "squash" else "center",
+            crop_mode=config["crop_mode"],
         )
 
     @classmethod
     def from_image_processor(cls, processor: Any) -> Preprocessing:
-        """Reads a transformers image processor."""
-        size, crop = processor.size, getattr(processor, "crop_size", None)
-        crop_pct, crop_mode = 1.0, "center"
-        if crop and getattr(processor, "do_center_crop", False):
-            image_size = (crop["height"], crop["width"])
-            shortest = size.get("shortest_edge") or min(size["height"], size["width"])
-            crop_pct = min(1.0, min(image_size) / shortest)
-        elif size.get("shortest_edge"):
-            # ConvNextImageProcessor, which ResNets use too: below 384 px it resizes to size / crop_pct and crops the
-            # centre, from 384 px on it squashes.
-            image_size = (size["shortest_edge"],) * 2
-            crop_pct = getattr(processor, "crop_pct", None) or 1.0
-            if size["shortest_edge"] >= 384:
-                crop_pct, crop_mode = 1.0, "squash"
-        else:
-            image_size, crop_mode = (size["height"], size["width"]), "squash"
-        identity = not getattr(processor, "do_normalize", True)
-        return cls(
-            image_size=image_size,
-            mean=(0.0,) * 3 if identity else processor.image_mean,
-            std=(1.0,) * 3 if identity else processor.image_std,
-            interpolation=_RESAMPLE_NAMES[int(processor.resample)],
-            crop_pct=crop_pct,
-            crop_mode=crop_mode,
-        )
+        """Reads a transformers image processor, by running it.
 
-    @property
-    def resize_size(self) -> int:
-        """Length of the shorter side before the evaluation crop, in pixels."""
-        return math.floor(min(self.image_size) / self.crop_pct)
+        Classes of image processors resize and crop in ways of their own, which their attributes do not tell. So two
+        test images are processed, and the crop that gives the same pixels is taken.
+
+        Raises:
+            ValueError: If the processor does something else than resize, crop, rescale and normalise, or its images
+                have no fixed size.
+        """
+        kind = type(processor).__name__
+        images = [_test_image(300, 400), _test_image(400, 300)]
+        try:
+            wanted = [processor(images=image, return_tensors="pt")["pixel_values"][0].float() for image in images]
+        except Exception as error:
+            raise ValueError(f"{kind} cannot process a colour image: {error}") from error
+        if wanted[0].ndim != 3 or len(wanted[0]) != 3 or wanted[0].shape != wanted[1].shape:
+            raise ValueError(
+                f"{kind} gives tensors of shape {tuple(wanted[0].shape)} and {tuple(wanted[1].shape)} for a wide and "
+                "a tall image; only models of RGB images of one fixed size are supported."
+            )
+        size = tuple(wanted[0].shape[-2:])
+        mean, std = _affine(processor)
+        resample = getattr(processor, "resample", None)
+        candidates = [
+            cls(size, mean, std, "bilinear" if resample is None else _RESAMPLE_NAMES[int(resample)], pct, mode, order)
+            for pct in _crop_candidates(processor, min(size))
+            for mode in ("center", "squash")
+            for order in ("rgb", "bgr")
+        ]
+        differences = [
+            sum(_difference(candidate, image, target) for image, target in zip(images, wanted, strict=True)) / 2
+            for candidate in candidates
+        ]
+        smallest = min(differences)
+        # On these images the filters of PIL and torch differ by 0.01, a crop that is off by a quarter of a pixel by
+        # 2.5, other crops by 10 and more.
+        if smallest > 3:
+            raise ValueError(
+                f"{kind} changes images in a way that no `Preprocessing` describes: the closest one is off by "
+                f"{smallest:.1f}/255 on average. Pass `preprocessing=Preprocessing(...)` with what the model needs."
+            )
+        return candidates[differences.index(smallest)]
+
+    def evaluation_transform(self) -> Callable[[Image.Image], Tensor]:
+        """Resizes and crops a PIL image of mode RGB to a uint8 tensor 3 x H x W."""
+        return create_transform(
+            self.image_size,
+            interpolation=self.interpolation,
+            crop_pct=self.crop_pct,
+            crop_mode=self.crop_mode,
+            mean=self.mean,
+            normalize=False,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 class Normalize(nn.Module):
-    """`(pixels - mean) / std` with the statistics as non-persistent buffers, so that they move with the model."""
+    """`(pixels - mean) / std` in the network's order of channels.
+
+    The statistics are non-persistent buffers, so that they move with the model.
+    """
 
     def __init__(self, preprocessing: Preprocessing) -> None:
         super().__init__()
+        self.blue_first = preprocessing.channel_order == "bgr"
         self.register_buffer("mean", torch.tensor(preprocessing.mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(preprocessing.std).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return (pixels - self.mean) / self.std
+        normalised = (pixels - self.mean) / self.std
+        return normalised.flip(1) if self.blue_first else normalised
 
 
 def check_pixels(pixels: Any, name: str = "pixels", image_size: tuple[int, int] | None = None) -> None:
@@ -138,7 +178,7 @@ def check_pixels(pixels: Any, name: str = "pixels", image_size: tuple[int, int] 
         raise TypeError(f"`{name}` must be a torch.Tensor of pixels in [0, 1], got {type(pixels).__name__}.")
     if not pixels.is_floating_point():
         raise TypeError(
-            f"`{name}` must be float pixels in [0, 1], got {pixels.dtype}. "
+            f"`{name}` must be float pixels in [0, 1], got {pixels.dtype}{_value_range(pixels)}. "
             "For 8-bit images convert with `images.float() / 255`."
         )
     if pixels.ndim != 4:
@@ -153,7 +193,8 @@ def check_pixels(pixels: Any, name: str = "pixels", image_size: tuple[int, int] 
         raise ValueError(f"`{name}` is empty: shape {tuple(pixels.shape)}.")
     low, high = (value.item() for value in pixels.detach().aminmax())
     if math.isnan(low) or math.isnan(high) or math.isinf(low) or math.isinf(high):
-        raise ValueError(f"`{name}` contains NaN or infinite values.")
+        bad = pixels.numel() - int(pixels.detach().isfinite().sum())
+        raise ValueError(f"`{name}` contains NaN or infinite values: {bad} of {pixels.numel()}.")
     # Bicubic resizing of floats can overshoot by a rounding error; anything more is another scale.
     if low < -1e-6 or high > 1 + 1e-6:
         if low < -1e-6:
@@ -161,3 +202,52 @@ def check_pixels(pixels: Any, name: str = "pixels", image_size: tuple[int, int] 
         else:
             hint = "They look like 8-bit values: divide by 255."
         raise ValueError(f"`{name}` must be in [0, 1], got values from {low:.4g} to {high:.4g}. {hint}")
+
+
+def _value_range(pixels: Tensor) -> str:
+    if pixels.numel() == 0 or pixels.is_complex():
+        return ""
+    return f" with values from {pixels.min().item():.4g} to {pixels.max().item():.4g}"
+
+
+def _test_image(height: int, width: int) -> Image.Image:
+    """A smooth image in which every place and channel is different."""
+    noise = np.random.default_rng(0).integers(0, 256, (height // 20, width // 20, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _affine(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of what `processor` does to pixels in [0, 1], one value a channel."""
+    mean, std = (0.0,) * 3, (1.0,) * 3
+    if getattr(processor, "do_normalize", None):
+        mean, std = tuple(processor.image_mean), tuple(processor.image_std)
+    scale = 255 * (processor.rescale_factor if getattr(processor, "do_rescale", True) else 1)
+    if not math.isclose(scale, 1) or getattr(processor, "rescale_offset", False):
+        # EfficientNet may map to [-1, 1] first.
+        offset = 1.0 if getattr(processor, "rescale_offset", False) else 0.0
+        mean, std = tuple((m + offset) / scale for m in mean), tuple(s / scale for s in std)
+    if getattr(processor, "include_top", False):  # EfficientNet divides by std twice
+        std = tuple(s * t for s, t in zip(std, processor.image_std, strict=True))
+    return mean, std
+
+
+def _crop_candidates(processor: Any, side: int) -> list[float]:
+    """Values of `crop_pct` that `processor` may mean, for images of `side` pixels."""
+    size = getattr(processor, "size", None) or {}
+    # LeViT resizes to 256 / 224 of its size and does not say so.
+    edges = [side, math.floor(side * 256 / 224), math.floor(side / (getattr(processor, "crop_pct", None) or 1))]
+    edges += [edge for edge in (size.get("shortest_edge"), size.get("height"), size.get("width")) if edge]
+    edges.append(getattr(processor, "resize_short", None) or side)
+    shares = []
+    for edge in dict.fromkeys(edges):
+        share = side / edge
+        # The size before the crop is recovered as floor(side / share), which a rounding error would make one less.
+        shares.append(share if math.floor(side / share) == edge else math.nextafter(share, 0))
+    return [share for share in shares if 0 < share <= 1.5]
+
+
+def _difference(preprocessing: Preprocessing, image: Image.Image, wanted: Tensor) -> float:
+    """Mean difference between `wanted` and what `preprocessing` makes of `image`, in 1/255 of the pixel range."""
+    normalize = Normalize(preprocessing)
+    made = normalize(preprocessing.evaluation_transform()(image)[None].float() / 255)
+    return ((made - wanted).abs() * normalize.std).mean().item() * 255

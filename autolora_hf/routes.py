@@ -1,8 +1,8 @@
 """The two routes through one network.
 
-A route says which adapters are on, which BatchNorm set is used and which parameters may receive gradient (section 4.1
-of the paper). Switching sets flags only: PEFT's own `set_adapter` and `disable_adapter` also rewrite `requires_grad`
-and, for the head, change which weights are used.
+A route says which adapters are on, which BatchNorm set is used and which parameters may receive gradient (AutoLoRa, Xu
+et al., ICLR 2024). Switching sets flags only: PEFT's own `set_adapter` and `disable_adapter` also rewrite
+`requires_grad` and, for the head, change which weights are used.
 """
 
 from __future__ import annotations

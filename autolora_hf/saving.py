@@ -3,7 +3,7 @@
 | file | mode `full` | mode `adapter` |
 |---|---|---|
 | `model.safetensors`, `config.json` | the robust model, an ordinary timm or transformers checkpoint | - |
-| `adapter_model.safetensors`, `adapter_config.json` | - | the robust adapter, stock PEFT LoRA with head and BatchNorm |
+| `adapter_model.safetensors`, `adapter_config.json` | - | the robust adapter: stock PEFT LoRA, head, BatchNorm |
 | `natural.safetensors` | LoRA branch and own BatchNorm set of the natural route | the same |
 | `autolora_config.json` | everything else | the same |
 

@@ -1,8 +1,8 @@
 """Which layers get a branch, where the head is, and whether every branch is alive.
 
-Everything is decided by structure: the head is the layer whose output is the logits; a branch goes on every convolution
-and linear layer inside the repeated blocks (composite elements of an `nn.Sequential` or `nn.ModuleList`), so never on
-the stem; what cannot be right is refused by name.
+Everything is decided by structure: the head is the layer whose output is the logits; a branch goes on every
+convolution and linear layer inside the repeated blocks (composite elements of an `nn.Sequential` or `nn.ModuleList`),
+so never on the stem; what cannot be right is refused by name.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class PGD:
 
     Args:
         threat_model (`ThreatModel`): Norm and radius of the ball, in [0, 1] pixels.
-        steps (`int`): Number of gradient steps. 10 is the training attack of AutoLoRa (section 3.2 of the paper).
+        steps (`int`): Number of gradient steps. 10 is the training attack of AutoLoRa.
         step_size (`float`, *optional*): Length of a step in [0, 1] pixels. `None`: a quarter of `eps`, which is the
             paper's 2/255 at 8/255.
         loss (`str`): `"ce"` maximises the cross-entropy of the labels; `"kl"` maximises KL(model(x) || model(x~)),
@@ -72,12 +72,12 @@ class PGD:
     def __post_init__(self) -> None:
         if not isinstance(self.threat_model, ThreatModel):
             raise TypeError(f"`threat_model` must be a ThreatModel, got {type(self.threat_model).__name__}.")
-        if self.steps < 1:
-            raise ValueError(f"`steps` must be at least 1, got {self.steps}.")
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(f"`steps` must be an integer of at least 1, got {self.steps!r}.")
         if self.loss not in ("ce", "kl", "targeted"):
             raise ValueError(f"`loss` must be 'ce', 'kl' or 'targeted', got {self.loss!r}.")
-        if self.restarts < 1:
-            raise ValueError(f"`restarts` must be at least 1, got {self.restarts}.")
+        if not isinstance(self.restarts, int) or self.restarts < 1:
+            raise ValueError(f"`restarts` must be an integer of at least 1, got {self.restarts!r}.")
         if self.restarts > 1 and not self.random_start:
             raise ValueError("`restarts` > 1 without `random_start` would repeat the same run.")
         if self.loss == "kl" and not self.random_start:
@@ -86,6 +86,12 @@ class PGD:
             self.step_size = self.threat_model.eps / 4
         if not self.step_size > 0:
             raise ValueError(f"`step_size` must be positive, got {self.step_size}.")
+        # Such steps only jump between the ball's borders: a weak attack that looks like a robust model.
+        if self.step_size >= 1 and self.step_size > 2 * self.threat_model.eps:
+            raise ValueError(
+                f"`step_size` is {self.step_size:g} in units of [0, 1] pixels, longer than the ball is wide "
+                f"({self.threat_model}). Did you mean {self.step_size:g}/255 = {self.step_size / 255:.5f}?"
+            )
 
     def __str__(self) -> str:
         restarts = f", {self.restarts} restarts" if self.restarts > 1 else ""
@@ -210,4 +216,6 @@ def project(adversarial: Tensor, pixels: Tensor, threat_model: ThreatModel) -> T
 
 def l2_norms(tensor: Tensor) -> Tensor:
     """Euclidean length of each image, N x 1 x 1 x 1, kept away from zero."""
-    return tensor.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)
+    # 1e-12 is zero in half precision.
+    least = max(1e-12, torch.finfo(tensor.dtype).tiny)
+    return tensor.flatten(1).norm(dim=1).clamp(min=least).view(-1, 1, 1, 1)

@@ -7,7 +7,6 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from timm.data import create_transform
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
@@ -49,13 +48,7 @@ class PixelTransform:
             raise ValueError(f"`augmentation` must be one of {options}, got {augmentation!r}.")
         self.preprocessing = preprocessing
         self.augmentation = augmentation
-        self._evaluation = create_transform(
-            preprocessing.image_size,
-            interpolation=preprocessing.interpolation,
-            crop_pct=preprocessing.crop_pct,
-            crop_mode=preprocessing.crop_mode,
-            normalize=False,
-        )
+        self._evaluation = preprocessing.evaluation_transform()
         self._shift: nn.Module | None = None
         self._resized_crop: nn.Module | None = None
         size = preprocessing.image_size

@@ -23,7 +23,7 @@ def check_labels(labels: Sequence[int], num_classes: int, name: str = "dataset")
     """
     if len(labels) == 0:
         raise ValueError(f"{name} has no samples.")
-    wrong_type = [label for label in labels if not _is_integer(label)]
+    wrong_type = [label for label in labels if not is_integer(label)]
     if wrong_type:
         raise ValueError(
             f"{len(wrong_type)} of {len(labels)} labels of {name} are not integers, for instance {wrong_type[0]!r}. "
@@ -93,13 +93,18 @@ def stratified_subset(labels: Sequence[int], size: int, seed: int) -> list[int]:
     Raises:
         ValueError: If `size` is not a positive integer.
     """
-    if not _is_integer(size) or size < 1:
+    if not is_integer(size) or size < 1:
         raise ValueError(f"`size` must be a positive integer, got {size!r}.")
     if size >= len(labels):
         return list(range(len(labels)))
     classes, counts = np.unique(np.asarray(labels), return_counts=True)
     generator = np.random.default_rng(seed)
     return _draw(labels, classes, _apportion(counts, counts, int(size), generator), generator).tolist()
+
+
+def is_integer(value: Any) -> bool:
+    """Whether `value` is an integer of Python or NumPy; booleans are not."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _apportion(counts: np.ndarray, room: np.ndarray, total: int, generator: np.random.Generator) -> np.ndarray:
@@ -122,10 +127,6 @@ def _draw(labels: Sequence[int], classes: np.ndarray, seats: np.ndarray, generat
         for label, seat in zip(classes, seats, strict=True)
     ]
     return np.sort(np.concatenate(drawn))
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _listing(counts: dict[int, int], limit: int = 10) -> str:

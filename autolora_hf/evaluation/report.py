@@ -220,8 +220,8 @@ def standard_warnings(report: RobustnessReport) -> list[str]:
     natural, robust = report.natural, report.robust
     if robust.value > natural.value:
         found.append(
-            f"Robust accuracy ({robust.value:.2%}) is above natural accuracy ({natural.value:.2%}), which is impossible "
-            "on the same images: the two do not belong together."
+            f"Robust accuracy ({robust.value:.2%}) is above natural accuracy ({natural.value:.2%}), which is "
+            "impossible on the same images: the two do not belong together."
         )
     if report.protocol == "custom":
         found.append(

@@ -1,0 +1,30 @@
+"""What the commands share of their output."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from ..evaluation import RobustnessReport
+
+
+def show_progress() -> None:
+    """Sends the package's own messages to the terminal and silences the chatter of the libraries below."""
+    from transformers.utils import logging as transformers_logging
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("autolora_hf").setLevel(logging.INFO)
+    transformers_logging.set_verbosity_error()
+
+
+def summary_table(reports: Mapping[str, RobustnessReport]) -> str:
+    """One row a model: natural and robust accuracy with their intervals, in per cent."""
+    width = max(map(len, reports))
+    lines = [f"{'':<{width}}  {'natural accuracy':>24}  {'robust accuracy':>24}"]
+    for name, report in reports.items():
+        cells = (
+            f"{100 * accuracy.value:.1f} [{100 * accuracy.low:.1f}, {100 * accuracy.high:.1f}]"
+            for accuracy in (report.natural, report.robust)
+        )
+        lines.append(f"{name:<{width}}  " + "  ".join(f"{cell:>24}" for cell in cells))
+    return "\n".join(lines)

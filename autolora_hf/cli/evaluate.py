@@ -1,0 +1,67 @@
+"""`autolora evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+from ..attacks import PGD
+from ..config import ThreatModel
+from ..data import as_pixel_dataset
+from ..evaluation import evaluate_robustness
+from ..modeling import load_autolora_model
+from ..training.arguments import PixelRadius
+from .data import open_data
+from .display import show_progress
+
+
+def run(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="autolora evaluate",
+        description="Measures natural and robust accuracy of a saved model, with 95 % confidence intervals.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("model", help="folder or Hub repository of a saved model")
+    parser.add_argument("--data", required=True, help="folder of images by class, Hub data set name, or 'digits'")
+    parser.add_argument("--split", help="split of --data, e.g. test")
+    parser.add_argument("--base-model", help="backbone of an adapter, if it is not found by the recorded name")
+    parser.add_argument("--attack", choices=["autoattack", "pgd"], default="autoattack", help="what attacks the model")
+    parser.add_argument("--steps", type=int, default=50, help="steps of --attack pgd")
+    parser.add_argument("--restarts", type=int, default=1, help="restarts of --attack pgd")
+    parser.add_argument("--norm", choices=["linf", "l2"], help="norm of the threat model; as trained when left out")
+    parser.add_argument("--eps", type=PixelRadius, help="radius, e.g. 8/255; as trained when left out")
+    parser.add_argument("--route", choices=["robust", "natural"], default="robust", help="route to measure")
+    parser.add_argument("--samples", type=int, default=1000, help="images to use, chosen by seed and class")
+    parser.add_argument("--batch-size", type=int, default=128, help="images at a time")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the attacks and of the choice of images")
+    parser.add_argument("--image-column", help="image column of the data set")
+    parser.add_argument("--label-column", help="label column of the data set")
+    parser.add_argument("--output", help="file to write the report to, as JSON")
+    args = parser.parse_args(argv)
+
+    show_progress()
+    source = open_data(args.data, args.split)
+    model = load_autolora_model(args.model, base_model=args.base_model)
+    changes = {"norm": args.norm, "eps": None if args.eps is None else float(args.eps)}
+    threat_model: ThreatModel = dataclasses.replace(
+        model.threat_model, **{name: value for name, value in changes.items() if value is not None}
+    )
+    dataset = as_pixel_dataset(
+        source, model.preprocessing, image_column=args.image_column, label_column=args.label_column, name="data"
+    )
+    attack = args.attack
+    if attack == "pgd":
+        attack = PGD(threat_model, steps=args.steps, restarts=args.restarts)
+    report = evaluate_robustness(
+        model,
+        dataset,
+        threat_model,
+        attack,
+        route=args.route,
+        max_samples=min(args.samples, len(dataset)),
+        batch_size=args.batch_size,
+        seed=args.seed,
+    )
+    print(report)
+    if args.output:
+        report.save(args.output)

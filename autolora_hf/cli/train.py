@@ -1,0 +1,151 @@
+"""`autolora train`."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from transformers import HfArgumentParser, TrainingArguments
+
+from ..config import AutoLoraConfig
+from ..data import as_pixel_dataset, same_data
+from ..evaluation import training_curves_figure
+from ..hub import write_model_card
+from ..modeling import get_autolora_model
+from ..quickstart import CURVES, REPORT
+from ..training import AutoLoraTrainer, AutoLoraTrainingArguments
+from .data import open_data
+from .display import show_progress
+
+
+@dataclass
+class ModelArguments:
+    model: str = field(
+        metadata={
+            "help": "Checkpoint: a timm name ('resnet50'), 'hf-hub:org/name', 'org/name', a folder, 'quickstart'."
+        }
+    )
+    mode: str = field(
+        default="full", metadata={"help": "'full' trains the backbone, 'adapter' a LoRA adapter on a frozen one."}
+    )
+    layout: str | None = field(default=None, metadata={"help": "Factorisation of the branch: 'released' or 'peft'."})
+    norm: str = field(
+        default="shared", metadata={"help": "BatchNorm of the two routes: 'shared', 'robust_stats' or 'dual'."}
+    )
+    r: int = field(default=8, metadata={"help": "Rank of the branches."})
+    lora_alpha: int | None = field(default=None, metadata={"help": "Scale of a branch is lora_alpha / r."})
+    head: str | None = field(default=None, metadata={"help": "Name of the classification layer, if it is not found."})
+
+
+@dataclass
+class DataArguments:
+    train_data: str = field(
+        metadata={"help": "Folder of images by class, folder saved by `datasets`, Hub data set name, or 'digits'."}
+    )
+    train_split: str | None = field(default=None, metadata={"help": "Split of --train-data, e.g. 'train'."})
+    validation_data: str | None = field(
+        default=None, metadata={"help": "Validation data. Default: a stratified 5 per cent of the training data."}
+    )
+    validation_split: str | None = field(default=None, metadata={"help": "Split of --validation-data."})
+    test_data: str | None = field(
+        default=None, metadata={"help": "Test data, attacked with AutoAttack after training; never used before."}
+    )
+    test_split: str | None = field(default=None, metadata={"help": "Split of --test-data, e.g. 'test'."})
+    test_samples: int = field(default=1000, metadata={"help": "Test images to attack, chosen by seed and class."})
+
+
+# Options of `TrainingArguments` that `--help` lists next to our own; `--help-all` lists every one.
+COMMON = (
+    "output_dir",
+    "resume_from_checkpoint",
+    "seed",
+    "bf16",
+    "gradient_accumulation_steps",
+    "dataloader_num_workers",
+    "report_to",
+    "push_to_hub",
+    "hub_model_id",
+    "use_cpu",
+)
+# Options the schedule and the collator rely on: there is no other sensible value.
+FIXED = ("eval_strategy", "save_strategy", "remove_unused_columns", "ddp_find_unused_parameters")
+
+
+def build_parser(show_all: bool = False) -> HfArgumentParser:
+    """Parser of the model, data and training options; `show_all`: help for the rarely needed ones too."""
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, AutoLoraTrainingArguments),
+        prog="autolora train",
+        usage="autolora train --model MODEL --train-data DATA [options]",
+        description=(
+            "Robust fine-tuning with AutoLoRa. Nothing but --model and --train-data has to be chosen. Every option of "
+            "transformers' TrainingArguments works too; --help-all lists them."
+        ),
+    )
+    parser.add_argument("--help-all", action="store_true", help="list every option and exit")
+    if not show_all:
+        shown = {*AutoLoraTrainingArguments.__annotations__, *COMMON} - set(FIXED)
+        inherited = {entry.name for entry in fields(TrainingArguments)} - shown
+        for action in parser._actions:
+            if action.dest in inherited or any(option.startswith("--no_") for option in action.option_strings):
+                action.help = argparse.SUPPRESS
+    return parser
+
+
+def run(argv: list[str]) -> None:
+    if "--help-all" in argv:
+        build_parser(show_all=True).print_help()
+        return
+    parser = build_parser()
+    model_args, data, args, _ = parser.parse_args_into_dataclasses(argv)
+    show_progress()
+    # Everything that can be wrong is read and checked before the first training step.
+    train = open_data(data.train_data, data.train_split)
+    validation = open_data(data.validation_data, data.validation_split) if data.validation_data else None
+    test = open_data(data.test_data, data.test_split) if data.test_data else None
+    columns = {"image_column": args.image_column, "label_column": args.label_column}
+
+    config = AutoLoraConfig(
+        mode=model_args.mode,
+        layout=model_args.layout,
+        norm=model_args.norm,
+        r=model_args.r,
+        lora_alpha=model_args.lora_alpha,
+        head=model_args.head,
+    )
+    model = get_autolora_model(model_args.model, config, num_classes=_number_of_classes(train, columns))
+    trainer = AutoLoraTrainer(model, args, train_dataset=train, eval_dataset=validation)
+    if test is not None:
+        test = as_pixel_dataset(test, model.preprocessing, name="test data", **columns)
+        for name, seen in (("training", trainer.train_dataset), ("validation", trainer.eval_dataset)):
+            if same_data(test, seen):
+                raise ValueError(f"--test-data shares images with the {name} data. Give test data of their own.")
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+
+    folder = Path(args.output_dir)
+    trainer.save_model()
+    training_curves_figure(trainer.state.log_history, folder / CURVES)
+    reports = {}
+    if test is not None:
+        report = trainer.evaluate_robustness(test, max_samples=min(data.test_samples, len(test)))
+        report.save(folder / REPORT)
+        print(f"\n{report}")
+        reports["this model"] = report
+    write_model_card(
+        folder,
+        model,
+        reports,
+        plan=trainer.plan,
+        dataset=Path(data.train_data).name,
+        command=f"autolora train {' '.join(argv)}",
+        figures={"The training: validation accuracies, loss scalars, learning rate": CURVES},
+    )
+    print(f"\nSaved in {folder}/: the model, its card (README.md) and {CURVES}.")
+
+
+def _number_of_classes(train: object, columns: dict[str, str | None]) -> int:
+    from ..pixels import Preprocessing
+
+    # The number of classes does not depend on the preprocessing, which is only known with the model.
+    return as_pixel_dataset(train, Preprocessing(), name="training data", **columns).num_classes

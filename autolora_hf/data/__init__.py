@@ -1,0 +1,21 @@
+"""Data sets: `datasets.Dataset`, folders of images and torch data sets to pixels in [0, 1] and labels."""
+
+from .dataset import PixelDataset, as_pixel_dataset, collate, same_data
+from .images import Augmentation, PixelTransform, to_rgb
+from .sources import load_source
+from .splits import check_labels, stratified_split, stratified_subset
+
+
+__all__ = [
+    "Augmentation",
+    "PixelDataset",
+    "PixelTransform",
+    "as_pixel_dataset",
+    "check_labels",
+    "collate",
+    "load_source",
+    "same_data",
+    "stratified_split",
+    "stratified_subset",
+    "to_rgb",
+]

@@ -1,0 +1,4 @@
+from .model_card import write_model_card
+
+
+__all__ = ["write_model_card"]

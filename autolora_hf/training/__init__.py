@@ -1,0 +1,5 @@
+from .arguments import AutoLoraTrainingArguments
+from .trainer import AutoLoraTrainer
+
+
+__all__ = ["AutoLoraTrainer", "AutoLoraTrainingArguments"]

@@ -1,0 +1,139 @@
+"""Arguments of [`AutoLoraTrainer`]."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+from transformers import TrainingArguments
+
+from ..attacks import PGD
+from ..config import ThreatModel
+from ..objectives import OBJECTIVES
+
+
+class PixelRadius(float):
+    """A float that also reads `"8/255"`, as one writes it on a command line."""
+
+    def __new__(cls, value: Any) -> PixelRadius:
+        return super().__new__(cls, Fraction(value) if isinstance(value, str) else value)
+
+
+@dataclass
+class AutoLoraTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with AutoLoRa's defaults: nothing has to be chosen.
+
+    Everything `TrainingArguments` offers still applies. What differs by default follows the paper: SGD with momentum
+    0.9, no gradient clipping, 60 epochs (in proportion for short training sets), evaluation and a checkpoint after
+    every epoch, and the weights of the best robust validation accuracy at the end.
+    """
+
+    objective: str = field(
+        default="autolora",
+        metadata={"help": "Training objective: 'autolora', or 'natural' for plain fine-tuning on clean images."},
+    )
+    threat_norm: str = field(default="linf", metadata={"help": "Norm of the threat model: 'linf' or 'l2'."})
+    eps: PixelRadius = field(
+        default=PixelRadius("8/255"),
+        metadata={"help": "Radius of the threat model in [0, 1] pixels; '8/255' is understood."},
+    )
+    attack_steps: int = field(default=10, metadata={"help": "PGD steps of the training attack."})
+    attack_step_size: PixelRadius | None = field(
+        default=None, metadata={"help": "PGD step in [0, 1] pixels. Default: eps / 4 (the paper's 2/255 at 8/255)."}
+    )
+    eval_attack_steps: int = field(default=10, metadata={"help": "PGD steps on the validation set, each epoch."})
+    scalar_alpha: float = field(default=1.0, metadata={"help": "Sharpness alpha of the automatic loss scalars."})
+    scalar_lambda2_max: float = field(default=6.0, metadata={"help": "Largest weight of the KL term."})
+    halving_rule: str = field(
+        default="paper", metadata={"help": "Rule of the automatic learning rate: 'paper' or 'released'."}
+    )
+    halving_interval: int | None = field(
+        default=None,
+        metadata={
+            "help": "Epochs between two checkpoints of the learning-rate rule. Default: epochs / 15, at least 2."
+        },
+    )
+    min_learning_rate: float = field(
+        default=1e-5, metadata={"help": "Training stops when the learning rate has been halved below this."}
+    )
+    validation_fraction: float = field(
+        default=0.05, metadata={"help": "Share of the training set held out when no validation set is given."}
+    )
+    augmentation: str = field(
+        default="crop-flip",
+        metadata={"help": "Training augmentation: 'crop-flip', 'crop' (digits, text) or 'none'."},
+    )
+    image_column: str | None = field(default=None, metadata={"help": "Image column; found by its type by default."})
+    label_column: str | None = field(default=None, metadata={"help": "Label column; found by its type by default."})
+
+    # Defaults of `TrainingArguments` that AutoLoRa changes.
+    num_train_epochs: float | None = field(
+        default=None,
+        metadata={"help": "Number of epochs. Default: the paper's 60, more if an epoch has under 15 steps."},
+    )
+    learning_rate: float = field(default=0.01, metadata={"help": "Learning rate at the start; halved by itself."})
+    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay, on every parameter."})
+    optim: str = field(default="sgd", metadata={"help": "Optimizer. Default: SGD with momentum 0.9."})
+    optim_args: str | None = field(default="momentum=0.9", metadata={"help": "Arguments of the optimizer."})
+    per_device_train_batch_size: int = field(default=128, metadata={"help": "Training batch size of each device."})
+    per_device_eval_batch_size: int = field(default=128, metadata={"help": "Evaluation batch size of each device."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0 is none, as in the paper."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate; the schedule needs 'epoch'."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save; the schedule needs 'epoch'."})
+    logging_strategy: str = field(default="epoch", metadata={"help": "When to log."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep, besides the best one."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best validated weights."})
+    metric_for_best_model: str | None = field(
+        default=None, metadata={"help": "Validation metric to select by. Default: the objective's own."}
+    )
+    # Our collator takes columns by name, and every trainable parameter gets a gradient once a step.
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Not used: columns are chosen by name."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Not needed: every trainable parameter is used in every step."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"`objective` must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}.")
+        if self.augmentation not in ("none", "crop", "crop-flip"):
+            raise ValueError(f"`augmentation` must be 'none', 'crop' or 'crop-flip', got {self.augmentation!r}.")
+        if self.halving_rule not in ("paper", "released"):
+            raise ValueError(f"`halving_rule` must be 'paper' or 'released', got {self.halving_rule!r}.")
+        if self.num_train_epochs is not None and self.num_train_epochs < 1:
+            raise ValueError(f"`num_train_epochs` must be at least 1, got {self.num_train_epochs}.")
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"`validation_fraction` must be between 0 and 1, got {self.validation_fraction}.")
+        if self.optim != "sgd" and self.optim_args == "momentum=0.9":
+            self.optim_args = None
+        # Both raise with advice when the numbers make no sense, before anything is loaded or trained.
+        self.eps = PixelRadius(self.eps)
+        self.training_attack()
+        if self.metric_for_best_model is None:
+            self.metric_for_best_model = f"eval_{OBJECTIVES[self.objective].selection_metric}"
+            self.greater_is_better = True
+        if self.label_names is None:
+            self.label_names = ["labels"]
+        super().__post_init__()
+        if self.eval_strategy.value != "epoch" or self.save_strategy.value != "epoch":
+            raise ValueError(
+                "The automatic learning rate looks at the robust validation accuracy of every epoch and goes back to "
+                "the best checkpoint, so it needs `eval_strategy='epoch'` and `save_strategy='epoch'`, got "
+                f"{self.eval_strategy.value!r} and {self.save_strategy.value!r}."
+            )
+        if self.activation_checkpointing:
+            raise ValueError(
+                "`activation_checkpointing=True` is not supported yet: recomputed layers would run in the wrong route."
+            )
+
+    @property
+    def threat_model(self) -> ThreatModel:
+        return ThreatModel(self.threat_norm, float(self.eps))
+
+    def training_attack(self) -> PGD:
+        """The attack of the training steps: cross-entropy PGD from a uniform random start."""
+        return PGD(self.threat_model, steps=self.attack_steps, step_size=self.attack_step_size)
+
+    def validation_attack(self) -> PGD:
+        """The attack that the schedule and the choice of the best weights go by."""
+        return PGD(self.threat_model, steps=self.eval_attack_steps, step_size=self.attack_step_size)

@@ -1,0 +1,379 @@
+"""`AutoLoraTrainer`: a `Trainer` that runs the disentangled robust objective."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import EvalPrediction, Trainer, TrainerCallback
+
+from ..attacks.pgd import PGD, attack_mode, logits_of
+from ..data import as_pixel_dataset, check_labels, collate, same_data, stratified_split
+from ..evaluation import RobustnessReport, evaluate_robustness
+from ..modeling import AutoLoraModel, get_autolora_model
+from ..objectives import OBJECTIVES, Batch
+from ..pixels import Normalize
+from ..routes import NATURAL, ROBUST
+from ..saving import write_json
+from ..schedules import PlateauHalving, default_checkpoints, default_epochs
+from .arguments import AutoLoraTrainingArguments
+from .redirect import call_inside
+from .schedule import AutoLoraScheduler
+
+
+logger = logging.getLogger(__name__)
+
+PLAN = "training_plan.json"
+
+
+class AutoLoraTrainer(Trainer):
+    """Robust fine-tuning with an automatic learning rate and automatic loss scalars (AutoLoRa, ICLR 2024).
+
+    Args:
+        model (`AutoLoraModel`, `nn.Module` or `str`): What [`get_autolora_model`] returns, or what it takes.
+        args (`AutoLoraTrainingArguments`, *optional*): Defaults follow the paper.
+        train_dataset: A `datasets.Dataset` with an image and a label column, a folder of images by class, or a torch
+            `Dataset` of (image, label).
+        eval_dataset (*optional*): Validation data of the same kinds, for the schedule and the choice of the best
+            weights. `None`: a stratified 5 % of the training set is held out. Never the test set.
+        callbacks (`list[TrainerCallback]`, *optional*), optimizers (*optional*): As in `Trainer`.
+    """
+
+    # `compute_loss` returns the mean over the batch, so Trainer has to divide by the accumulation steps itself.
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: AutoLoraModel | nn.Module | str,
+        args: AutoLoraTrainingArguments | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+    ) -> None:
+        args = args or AutoLoraTrainingArguments("autolora-output")
+        if not isinstance(args, AutoLoraTrainingArguments):
+            raise TypeError(f"`args` must be AutoLoraTrainingArguments, got {type(args).__name__}.")
+        if train_dataset is None:
+            raise ValueError("AutoLoraTrainer needs a `train_dataset`.")
+        if optimizers[1] is not None:
+            raise ValueError(
+                "AutoLoraTrainer has its own learning-rate schedule: pass `optimizers=(optimizer, None)`."
+            )
+        if not isinstance(model, AutoLoraModel):
+            model = get_autolora_model(model)
+        model.threat_model = args.threat_model
+        self.objective = OBJECTIVES[args.objective]()
+        self.reports: list[RobustnessReport] = []
+        train, validation = self._prepare_data(model, args, train_dataset, eval_dataset)
+        self.plan = self._make_plan(args, len(train), len(validation), eval_dataset is None)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collate,
+            train_dataset=train,
+            eval_dataset=validation,
+            compute_metrics=_accuracies,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.add_callback(_AutoLoraCallback(self))
+        self._normalize = Normalize(model.preprocessing).to(args.device)
+        self._train_attack, self._eval_attack = args.training_attack(), args.validation_attack()
+        self._terms: dict[str, list[Tensor]] = defaultdict(list)
+        self._micro_step = (-1, 0)
+        self._eval_generator: torch.Generator | None = None
+        if args.should_save:
+            write_json(self.plan, Path(args.output_dir) / PLAN)
+        logger.info("Training plan: %s", ", ".join(f"{key} {value}" for key, value in self.plan.items()))
+
+    # ---- data and plan ----
+
+    def _prepare_data(self, model: AutoLoraModel, args: AutoLoraTrainingArguments, train: Any, validation: Any) -> Any:
+        columns = {"image_column": args.image_column, "label_column": args.label_column}
+        preprocessing = model.preprocessing
+        if validation is not None:
+            _refuse_test_split(validation)
+        train = as_pixel_dataset(train, preprocessing, augmentation=args.augmentation, name="train_dataset", **columns)
+        check_labels(train.labels, model.num_classes, "train_dataset")
+        if model.label_names is None and train.class_names and len(train.class_names) == model.num_classes:
+            model.label_names = list(train.class_names)
+        if validation is None:
+            kept, held_out = stratified_split(train.labels, args.validation_fraction, args.seed)
+            return train.select(kept), train.select(held_out, augmentation="none")
+        validation = as_pixel_dataset(validation, preprocessing, name="eval_dataset", **columns)
+        check_labels(validation.labels, model.num_classes, "eval_dataset")
+        if same_data(train, validation):
+            raise ValueError(
+                "`eval_dataset` shares images with `train_dataset`. The schedule would see accuracy on memorised "
+                "images and never halve the learning rate. Leave `eval_dataset` out, and a part of the training set "
+                "is held out by itself."
+            )
+        return train, validation
+
+    @staticmethod
+    def _make_plan(
+        args: AutoLoraTrainingArguments, train_size: int, validation_size: int, held_out: bool
+    ) -> dict[str, Any]:
+        """Resolves what depends on the size of the training set, and writes it down."""
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        steps = math.ceil(train_size / batch)
+        if args.num_train_epochs is None:
+            args.num_train_epochs = default_epochs(steps)
+        epochs = math.ceil(args.num_train_epochs)
+        return {
+            "objective": args.objective,
+            "threat_model": str(args.threat_model),
+            "training_images": train_size,
+            "validation_images": validation_size,
+            "validation_held_out_of_training": held_out,
+            "batch_size": batch,
+            "steps_per_epoch": steps,
+            "epochs": epochs,
+            "learning_rate": args.learning_rate,
+            "halving_rule": args.halving_rule,
+            "halving_checkpoints": default_checkpoints(epochs, args.halving_interval),
+        }
+
+    # ---- optimisation ----
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Every parameter, as in the paper."""
+        return [name for name, _ in model.named_parameters()]
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> AutoLoraScheduler:
+        if self.lr_scheduler is None:
+            optimizer = optimizer or self.optimizer
+            self.lr_scheduler = AutoLoraScheduler(
+                # Accelerate's wrapper is no `torch.optim.Optimizer`, which LRScheduler insists on.
+                getattr(optimizer, "optimizer", optimizer),
+                PlateauHalving(self.plan["halving_checkpoints"], rule=self.args.halving_rule),
+                alpha=self.args.scalar_alpha,
+                lambda2_max=self.args.scalar_lambda2_max,
+                min_learning_rate=self.args.min_learning_rate,
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Tensor:
+        unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        loss = call_inside(model, unwrapped, self._objective_loss, inputs["pixel_values"], inputs["labels"])
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"The loss is {loss.item()} at step {self.state.global_step}. The last good checkpoint is in "
+                f"{self.args.output_dir}: resume from it with a lower `learning_rate`, or in float32 instead of fp16."
+            )
+        return loss
+
+    def _objective_loss(self, pixels: Tensor, labels: Tensor) -> Tensor:
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+        def forward(route: str, images: Tensor) -> Tensor:
+            with model.route(route):
+                return logits_of(model(self._normalize(images)))
+
+        adversarial = None
+        if self.objective.needs_adversarial:
+            generator = self._step_generator(pixels.device)
+            adversarial = self._attack(model, self._train_attack, pixels, labels, generator)
+        output = self.objective(forward, Batch(pixels, adversarial, labels), self.lr_scheduler.scalars)
+        for name, value in output.terms.items():
+            self._terms[name].append(value)
+        return output.loss
+
+    def _attack(
+        self, model: AutoLoraModel, attack: PGD, pixels: Tensor, labels: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """Attacks the deployed route."""
+
+        def deployed(images: Tensor) -> Tensor:
+            with model.route(ROBUST):
+                return logits_of(model(self._normalize(images)))
+
+        with attack_mode(model):
+            return attack(_Function(deployed), pixels, labels, generator=generator)
+
+    def _step_generator(self, device: torch.device) -> torch.Generator:
+        """A generator that depends on seed, step, micro step and process alone.
+
+        Random starts then neither disturb the random state of the data order nor depend on where a run was resumed.
+        """
+        step = self.state.global_step
+        self._micro_step = (step, self._micro_step[1] + 1 if self._micro_step[0] == step else 0)
+        return _generator(device, self.args.seed, *self._micro_step, self.args.process_index)
+
+    # ---- evaluation ----
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # The same random starts in every epoch: differences in robust accuracy then come from the weights.
+        self._eval_generator = _generator(self.args.device, self.args.seed, self.args.process_index)
+        return super().evaluation_loop(*args, **kwargs)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None, Tensor | None]:
+        """Logits of the natural route, of the deployed route on clean and on adversarial images."""
+        inputs = self._prepare_inputs(inputs)
+        pixels, labels = inputs["pixel_values"], inputs["labels"]
+        model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        with self.compute_loss_context_manager():
+            adversarial = self._attack(model, self._eval_attack, pixels, labels, self._eval_generator)
+            with torch.no_grad():
+                images = self._normalize(pixels)
+                with model.route(NATURAL):
+                    natural = logits_of(model(images))
+                with model.route(ROBUST):
+                    clean, robust = logits_of(model(images)), logits_of(model(self._normalize(adversarial)))
+        loss = F.cross_entropy(robust.float(), labels)
+        if prediction_loss_only:
+            return loss, None, None
+        return loss, (natural.float(), clean.float(), robust.float()), labels
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluation during training: after it, the controller decides about the next epoch."""
+        metrics = super()._evaluate(*args, **kwargs)
+        accuracy = self.natural_training_accuracy() if self.objective.uses_scalars else None
+        key = self.args.metric_for_best_model
+        metric = metrics[key if key.startswith("eval_") else f"eval_{key}"]
+        halved = self.lr_scheduler.end_epoch(metric, accuracy)
+        scalars = self.lr_scheduler.scalars
+        logs = {"next_learning_rate": self.lr_scheduler.get_last_lr()[0], "reload": int(halved)}
+        if accuracy is not None:
+            logs = {"train_natural_route_accuracy": accuracy, **scalars._asdict(), **logs}
+        self.log(logs)
+        if self.lr_scheduler.finished:
+            logger.info("The learning rate is below %g: training is over.", self.args.min_learning_rate)
+            self.control.should_training_stop = True
+        return metrics
+
+    @torch.no_grad()
+    def natural_training_accuracy(self) -> float:
+        """SA: accuracy of the natural route on the clean training images, without augmentation, in eval mode."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        plain = self.train_dataset.select(range(len(self.train_dataset)), augmentation="none")
+        hits, total = 0, 0
+        with attack_mode(model), model.route(NATURAL):
+            for inputs in self.get_eval_dataloader(plain):
+                inputs = self._prepare_inputs(inputs)
+                predictions = logits_of(model(self._normalize(inputs["pixel_values"]))).argmax(-1)
+                hit = self.accelerator.gather_for_metrics(predictions == inputs["labels"])
+                hits, total = hits + hit.sum().item(), total + len(hit)
+        return hits / total
+
+    def evaluate_robustness(self, dataset: Any, attack: Any = "autoattack", **kwargs: Any) -> RobustnessReport:
+        """[`evaluate_robustness`] of the deployed route on test data, under the threat model of the training.
+
+        Raises:
+            ValueError: If `dataset` shares images with the training or validation data.
+        """
+        columns = {"image_column": self.args.image_column, "label_column": self.args.label_column}
+        test = as_pixel_dataset(dataset, self.model.preprocessing, name="dataset", **columns)
+        for name, seen in (("training", self.train_dataset), ("validation", self.eval_dataset)):
+            if same_data(test, seen):
+                raise ValueError(
+                    f"The dataset shares images with the {name} data, which the weights were "
+                    f"{'fitted to' if name == 'training' else 'selected with'}: robust accuracy on it says nothing "
+                    "about new images. Pass test data that was not used in training."
+                )
+        report = evaluate_robustness(self.model, test, self.args.threat_model, attack, **kwargs)
+        self.reports.append(report)
+        return report
+
+    # ---- logging ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= {name: torch.stack(values).mean().item() for name, values in self._terms.items()}
+            self._terms.clear()
+        super().log(logs, start_time)
+
+    # ---- checkpoints ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # `Trainer` would also pickle the arguments; they are written as JSON.
+        folder = Path(output_dir or self.args.output_dir)
+        if self.args.should_save:
+            self.model.save_pretrained(folder)
+            (folder / "training_args.json").write_text(self.args.to_json_string() + "\n", encoding="utf-8")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.model.load_weights(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        logger.info("Loading the best weights, from %s.", self.state.best_model_checkpoint)
+        self.model.load_weights(self.state.best_model_checkpoint)
+
+
+class _AutoLoraCallback(TrainerCallback):
+    """What happens between epochs: the first measurement of SA, and reloading the best weights."""
+
+    def __init__(self, trainer: AutoLoraTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        scheduler = self.trainer.lr_scheduler
+        if self.trainer.objective.uses_scalars and scheduler.training_accuracy is None:
+            scheduler.training_accuracy = self.trainer.natural_training_accuracy()
+            accuracy = scheduler.training_accuracy
+            self.trainer.log({"train_natural_route_accuracy": accuracy, **scheduler.scalars._asdict()})
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Only now is the checkpoint of the last epoch, which may be the best one, complete.
+        scheduler = self.trainer.lr_scheduler
+        if scheduler.reload_due and state.best_model_checkpoint is not None:
+            self.trainer._load_best_model()
+        scheduler.reload_due = False
+
+
+class _Function(nn.Module):
+    """A plain function where an attack expects a module."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.function(pixels)
+
+
+def _accuracies(prediction: EvalPrediction) -> dict[str, float]:
+    natural, clean, robust = (np.argmax(logits, -1) == prediction.label_ids for logits in prediction.predictions)
+    return {
+        "natural_accuracy": clean.mean(),
+        "robust_accuracy": robust.mean(),
+        "natural_route_accuracy": natural.mean(),
+    }
+
+
+def _generator(device: torch.device, *key: int) -> torch.Generator:
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    return torch.Generator(device=device).manual_seed(seed)
+
+
+def _refuse_test_split(validation: Any) -> None:
+    split = str(getattr(validation, "split", None) or "")
+    if split.split("[")[0].split("+")[0] == "test":
+        raise ValueError(
+            "`eval_dataset` is the 'test' split. Its accuracy would choose the learning rate and the best weights, so "
+            "the reported test accuracy would be too good. Leave `eval_dataset` out (a part of the training set is "
+            "held out by itself) or pass a validation split, and give the test split to `evaluate_robustness`."
+        )
