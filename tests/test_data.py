@@ -69,7 +69,7 @@ class Pairs(Dataset):
 
 
 def exact(image):
-    return torch.from_numpy(np.asarray(image)).permute(2, 0, 1).float() / 255
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
 def assert_item(item, label):
@@ -119,20 +119,18 @@ def test_columns_are_found_by_type(image, label):
 
 def test_columns_are_found_by_name_where_types_do_not_tell():
     arrays = [np.full((8, 8, 3), i, np.uint8) for i in range(4)]
-    source = datasets.Dataset.from_dict(
-        {"img": arrays, "labels": [0, 1, 0, 4], "path": list("abcd")},
-        features=datasets.Features(
-            {
-                "img": datasets.Array3D((8, 8, 3), "uint8"),
-                "labels": datasets.Value("int64"),
-                "path": datasets.Value("string"),
-            }
-        ),
-    )
-    data = as_pixel_dataset(source, PREPROCESSING)
-    assert_item(data[3], 4)
-    assert torch.equal(data[3]["pixel_values"], torch.full((3, 8, 8), 3 / 255))
-    assert (data.class_names, data.num_classes) == (None, 5)
+    nested = datasets.List(datasets.List(datasets.List(datasets.Value("uint8"))))
+    for feature in (datasets.Array3D((8, 8, 3), "uint8"), nested):
+        source = datasets.Dataset.from_dict(
+            {"img": arrays, "labels": [0, 1, 0, 400], "path": list("abcd")},
+            features=datasets.Features(
+                {"img": feature, "labels": datasets.Value("int64"), "path": datasets.Value("string")}
+            ),
+        )
+        data = as_pixel_dataset(source, PREPROCESSING)
+        assert_item(data[3], 400)
+        assert torch.equal(data[3]["pixel_values"], torch.full((3, 8, 8), 3 / 255))
+        assert (data.class_names, data.num_classes) == (None, 401)
 
 
 def test_float_arrays_in_a_dataset_are_tensors():
@@ -242,7 +240,7 @@ def test_streams_are_refused(stream):
 
 
 def test_other_sources_are_refused():
-    with pytest.raises(TypeError, match="`source` must be .* got int"):
+    with pytest.raises(TypeError, match=r"`source` must be .* got int"):
         as_pixel_dataset(3, PREPROCESSING)
     with pytest.raises(TypeError, match="pairs"):
         as_pixel_dataset(Pairs([picture(0)]), PREPROCESSING)

@@ -14,7 +14,8 @@ def show_progress() -> None:
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("autolora_hf").setLevel(logging.INFO)
-    transformers_logging.set_verbosity_error()
+    # At "error" the Trainer would hide its progress bars too.
+    transformers_logging.set_verbosity_warning()
 
 
 def summary_table(reports: Mapping[str, RobustnessReport]) -> str:

@@ -140,7 +140,7 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image | Tensor:
     if array.dtype != np.uint8:
         if not np.issubdtype(array.dtype, np.floating):
             raise TypeError(f"`{name}` must be an array of uint8 or of floats in [0, 1], got {array.dtype}.")
-        return torch.from_numpy(array)
+        return torch.tensor(np.ascontiguousarray(array))
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[..., 0]
     if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))) or array.size == 0:

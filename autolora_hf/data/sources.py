@@ -55,9 +55,11 @@ class ArrowSource:
         self.image_column = _pick("image_column", image_column, images, IMAGE_NAMES, list(features), listing)
         self.label_column = _pick("label_column", label_column, classes, LABEL_NAMES, list(features), listing)
         self.class_names = _class_names(dataset, self.label_column)
-        # Arrays that are no Image feature would come as nested lists.
-        columns = dataset.select_columns([self.image_column, self.label_column])
-        self._rows = columns.with_format(None if self.image_column in images else "numpy")
+        self._rows = dataset.select_columns([self.image_column, self.label_column]).with_format(None)
+        if self.image_column not in images:
+            # Without a format arrays come as nested lists, and NumPy's own default makes every integer an int64.
+            arguments = {"columns": [self.image_column], "dtype": _value_type(features[self.image_column])}
+            self._rows = self._rows.with_format("numpy", output_all_columns=True, **arguments)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -368,6 +370,12 @@ def _one_split(
 def _is_visible_image(path: Path, root: Path) -> bool:
     hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
     return not hidden and path.suffix.lower() in IMG_EXTENSIONS
+
+
+def _value_type(feature: Any) -> str | None:
+    while isinstance(feature, datasets.List):
+        feature = feature.feature
+    return getattr(feature, "dtype", None)
 
 
 def _feature_name(feature: Any) -> str:

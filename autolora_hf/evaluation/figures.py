@@ -179,7 +179,7 @@ def _amplification(largest: float) -> int:
     """The roundest factor that makes a change of `largest` clearly visible without cutting it off."""
     if largest == 0:
         return 1
-    return next((factor for factor in (100, 50, 30, 20, 15, 10, 8, 5, 4, 3, 2) if factor * largest <= 0.5), 1)
+    return next((factor for factor in (100, 50, 30, 20, 15, 10, 8, 5, 4, 3, 2) if factor * largest <= 0.5 + 1e-6), 1)
 
 
 def _series(log_history: Sequence[dict[str, Any]], key: str, skip_zero: bool = False) -> list[tuple[float, float]]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from ..attacks import PGD
@@ -114,6 +115,8 @@ class AutoLoraTrainingArguments(TrainingArguments):
             self.greater_is_better = True
         if self.label_names is None:
             self.label_names = ["labels"]
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # there is nothing to pin for, and torch would warn
         super().__post_init__()
         if self.eval_strategy.value != "epoch" or self.save_strategy.value != "epoch":
             raise ValueError(

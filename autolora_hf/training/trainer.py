@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import EvalPrediction, Trainer, TrainerCallback
+from transformers import EvalPrediction, ProgressCallback, Trainer, TrainerCallback
 
 from ..attacks.pgd import PGD, attack_mode, logits_of
 from ..data import as_pixel_dataset, check_labels, collate, same_data, stratified_split
@@ -24,6 +24,7 @@ from ..routes import NATURAL, ROBUST
 from ..saving import write_json
 from ..schedules import PlateauHalving, default_checkpoints, default_epochs
 from .arguments import AutoLoraTrainingArguments
+from .progress import EpochTableCallback
 from .redirect import call_inside
 from .schedule import AutoLoraScheduler
 
@@ -85,6 +86,8 @@ class AutoLoraTrainer(Trainer):
             optimizers=optimizers,
         )
         self.add_callback(_AutoLoraCallback(self))
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(EpochTableCallback())
         self._normalize = Normalize(model.preprocessing).to(args.device)
         self._train_attack, self._eval_attack = args.training_attack(), args.validation_attack()
         self._terms: dict[str, list[Tensor]] = defaultdict(list)

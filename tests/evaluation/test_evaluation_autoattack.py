@@ -30,7 +30,7 @@ def shortened(monkeypatch):
 
     def initialise(self, *args, **kwargs):
         original(self, *args, **kwargs)
-        self.apgd.n_iter = self.apgd_targeted.n_iter = self.fab.n_iter = 25
+        self.apgd.n_iter = self.apgd_targeted.n_iter = self.fab.n_iter = 20
         self.square.n_queries = 40
 
     monkeypatch.setattr(pyautoattack.AutoAttack, "__init__", initialise)
@@ -107,24 +107,24 @@ def test_agrees_with_the_library(norm, shortened):
     """Image by image with `version="standard"` of the library itself, at its minimum of ten classes."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 24), nn.ReLU(), nn.Linear(24, 10)).eval()
-    pixels = torch.rand(30, 3, 8, 8)
+    pixels = torch.rand(18, 3, 8, 8)
     labels = model(pixels).argmax(1)
-    labels[::10] = (labels[::10] + 1) % 10
+    labels[::6] = (labels[::6] + 1) % 10
     threat_model = ThreatModel(norm, {"linf": 0.004, "l2": 0.04}[norm])
 
-    report = evaluate_robustness(model, (pixels, labels), threat_model, batch_size=11, seed=3, progress=False)
+    report = evaluate_robustness(model, (pixels, labels), threat_model, batch_size=9, seed=3, progress=False)
 
     name = {"linf": "Linf", "l2": "L2"}[norm]
     reference = pyautoattack.AutoAttack(model, norm=name, eps=threat_model.eps, seed=3, version="standard")
-    adversarial, _ = reference.run_standard_evaluation(pixels, labels, batch_size=11)
+    adversarial, _ = reference.run_standard_evaluation(pixels, labels, batch_size=9)
     expected = model(adversarial).argmax(1) == labels
-    assert 0 < expected.sum() < 27
+    assert 0 < expected.sum() < 15
     assert report.robust_correct == expected.tolist()
 
 
 def test_standard_settings():
     """Square with its full 5000 queries, once."""
-    model, pixels, labels = linear_case(4, images=6, size=6)
+    model, pixels, labels = linear_case(4, images=4, size=5)
     report = evaluate_robustness(model, (pixels, labels), ThreatModel("linf", 0.002), progress=False)
     assert report.attack == (
         "AutoAttack (standard): APGD-CE, APGD-T (3 target classes), FAB-T (3 target classes), Square (5000 queries)"

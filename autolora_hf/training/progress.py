@@ -1,0 +1,58 @@
+"""Progress on the terminal: Trainer's bars, and one line an epoch instead of raw dictionaries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+COLUMNS = (
+    # title, logged key, format
+    ("loss", "loss", "{:.3f}"),
+    ("robust %", "eval_robust_accuracy", "{:.1%}"),
+    ("natural %", "eval_natural_accuracy", "{:.1%}"),
+    ("natural route %", "eval_natural_route_accuracy", "{:.1%}"),
+    ("lambda1", "lambda1", "{:.2f}"),
+    ("lambda2", "lambda2", "{:.2f}"),
+    ("next lr", "next_learning_rate", "{:.2g}"),
+)
+
+
+class EpochTableCallback(ProgressCallback):
+    """Prints validation accuracies, loss scalars and learning rate as a table row when an epoch is complete.
+
+    Robust accuracy is under the validation PGD; "natural" is the deployed route on clean validation images.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.row: dict[str, Any] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if state.is_world_process_zero:
+            titles = "  ".join(f"{title:>{max(8, len(title))}}" for title, _, _ in COLUMNS)
+            self.training_bar.write(f"{'epoch':>7}  {titles}")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.row.update(logs or {})
+        # The learning-rate decision is the last thing logged in an epoch.
+        if not state.is_world_process_zero or self.training_bar is None or "next_learning_rate" not in (logs or {}):
+            return
+        cells = []
+        for title, key, form in COLUMNS:
+            text = form.format(self.row[key]).rstrip("%") if key in self.row else "-"
+            cells.append(f"{text:>{max(8, len(title))}}")
+        note = "  halved, back to the best weights" if self.row.get("reload") else ""
+        self.training_bar.write(f"{state.epoch:>4.0f}/{state.num_train_epochs:<2}  {'  '.join(cells)}{note}")
+        self.row = {}
