@@ -32,7 +32,7 @@ _MODULES = {
     "load_autolora_model": "modeling",
 }
 
-__all__ = [  # noqa: F822 - see `__getattr__`
+__all__ = [
     "PGD",
     "AutoLoraConfig",
     "AutoLoraModel",

@@ -120,16 +120,18 @@ def resolve_preprocessing(model: nn.Module, name: str | None = None) -> Preproce
     source = name or getattr(model, "name_or_path", None)
     if source:
         try:
-            return Preprocessing.from_image_processor(AutoImageProcessor.from_pretrained(source))
-        except Exception as error:
+            processor = AutoImageProcessor.from_pretrained(source)
+        except (OSError, ValueError) as error:  # no processor was saved with the checkpoint
             logger.warning("The image processor of %s could not be loaded (%s).", source, error)
+        else:
+            return Preprocessing.from_image_processor(processor)
     processors = IMAGE_PROCESSOR_MAPPING.get(type(model.config), None)
     if not processors:
         raise ValueError(
             f"No image processor is known for {type(model).__name__}: pass `preprocessing=Preprocessing(...)`."
         )
+    default = Preprocessing.from_image_processor(next(iter(processors.values()))())
     size = getattr(model.config, "image_size", None)
-    default = Preprocessing.from_image_processor(processors["pil"]())
     if size is not None:
         size = (size, size) if isinstance(size, int) else tuple(size)
         default = Preprocessing(**{**default.to_dict(), "image_size": size})

@@ -241,11 +241,14 @@ class PixelModel(nn.Module):
         self.model = model
         self.route = model._switch._checked(route)
         reference = next(model.parameters())
-        self.normalize = Normalize(model.preprocessing).to(reference.device)
+        dtype = torch.promote_types(reference.dtype, torch.float32)
+        self.normalize = Normalize(model.preprocessing, dtype).to(reference.device)
 
     def forward(self, pixels: Tensor) -> Tensor:
+        # Normalised in the precision of the pixels: rounding before it could swallow a small perturbation.
+        images = self.normalize(pixels).to(next(self.model.parameters()).dtype)
         with self.model.route(self.route):
-            return logits_of(self.model(self.normalize(pixels)))
+            return logits_of(self.model(images))
 
 
 def get_autolora_model(
@@ -285,7 +288,7 @@ def get_autolora_model(
             f"`num_classes={num_classes}`, but the model has {backbones.num_classes_of(model)} classes. Create the "
             "model with the right number: `num_classes` only applies to checkpoint names."
         )
-    if any(isinstance(module, LoraLayer) for module in model.modules()):
+    if isinstance(model, nn.Module) and any(isinstance(module, LoraLayer) for module in model.modules()):
         raise ValueError("The model already carries adapters: merge or unload them first.")
     backbones.library_of(model)
     targets.refuse_unsupported(model)
@@ -296,15 +299,19 @@ def get_autolora_model(
 
     reference = next(model.parameters())
     example = torch.zeros(1, 3, *preprocessing.image_size, device=reference.device, dtype=reference.dtype)
-    with attack_mode(model):
-        head = targets.resolve_head(model, example) if config.head is None else config.head
-    if head not in dict(model.named_modules()):
-        raise ValueError(f"`head={head!r}` is not a layer of {type(model).__name__}.")
-    config.head = head
-    if config.target_modules is None:
-        config.target_modules = targets.resolve_targets(model, head)
+    if config.head is None:
+        with attack_mode(model):
+            config.head = targets.resolve_head(model, example)
     else:
-        targets.check_requested(model, config.target_modules, head)
+        targets.check_head(model, config.head)
+    if config.target_modules is None:
+        config.target_modules = targets.resolve_targets(model, config.head)
+    elif config.target_modules == "all-linear":
+        # PEFT would take timm's heads too.
+        linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        config.target_modules = [name for name in linears if name != config.head]
+    else:
+        targets.check_requested(model, config.target_modules, config.head)
     backbone = backbones.describe_backbone(model, name, revision)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     adapted = AutoLoraModel(
@@ -319,8 +326,11 @@ def get_autolora_model(
         with torch.enable_grad(), _eval(adapted), adapted.route(NATURAL):
             targets.check_alive(adapted, example)
     except ValueError:
-        # Give the caller's model back as it was.
+        # Give the caller's model back as it was. PEFT would leave its copies of the head and the norms there.
+        wrappers = {name: m for name, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
         adapted.base_model.unload()
+        for name, wrapper in wrappers.items():
+            model.set_submodule(name, wrapper.original_module)
         for parameter in trainable:
             parameter.requires_grad_(True)
         raise

@@ -153,13 +153,18 @@ class Normalize(nn.Module):
     """`(pixels - mean) / std` in the network's order of channels.
 
     The statistics are non-persistent buffers, so that they move with the model.
+
+    Args:
+        preprocessing (`Preprocessing`): Mean, standard deviation and order of channels.
+        dtype (`torch.dtype`): Precision of the statistics; that of the model if it is double.
     """
 
-    def __init__(self, preprocessing: Preprocessing) -> None:
+    def __init__(self, preprocessing: Preprocessing, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.blue_first = preprocessing.channel_order == "bgr"
-        self.register_buffer("mean", torch.tensor(preprocessing.mean).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(preprocessing.std).view(1, -1, 1, 1), persistent=False)
+        for name in ("mean", "std"):
+            values = torch.tensor(getattr(preprocessing, name), dtype=dtype)
+            self.register_buffer(name, values.view(1, -1, 1, 1), persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         normalised = (pixels - self.mean) / self.std

@@ -278,8 +278,14 @@ def _load_base(model: AutoLoraModel, directory: Path) -> dict[str, Tensor]:
         and record["config"] is not None
         and tensors.keys() != base_tensors(model).keys()
     ):
-        # transformers keeps the key names of older releases on disk for some models; its own reader maps them.
-        return type(model.get_base_model()).from_pretrained(directory, use_safetensors=True).state_dict()
+        # transformers keeps the key names of older releases on disk for some models; its own reader maps them. It
+        # fills in what is missing, so the tensors are handed on as they were found, to be checked.
+        network, found = type(model.get_base_model()).from_pretrained(
+            directory, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        tensors = {key: tensor for key, tensor in network.state_dict().items() if key not in found["missing_keys"]}
+        tensors |= {key: torch.empty(0) for key in found["unexpected_keys"]}
+        tensors |= {key: torch.empty(shape) for key, shape, _ in found["mismatched_keys"]}
     return tensors
 
 
@@ -317,12 +323,14 @@ def _check_same_names(live: dict[str, Tensor], loaded: dict[str, Tensor], file: 
 def staged(directory: Path, last: str) -> Iterator[Path]:
     """A folder to write into; on success its files move to `directory` one by one, `last` being the final one.
 
-    A reader that finds `last` therefore finds everything, and an interrupted writer leaves no partial file.
+    A reader that finds `last` therefore finds everything, and an interrupted writer leaves no partial file. An older
+    `last` goes before the first file comes, so that old and new files are never taken for one model.
     """
     directory.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
     try:
         yield folder
+        (directory / last).unlink(missing_ok=True)
         for file in sorted(folder.iterdir(), key=lambda path: path.name == last):
             os.replace(file, directory / file.name)
     finally:

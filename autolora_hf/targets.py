@@ -7,6 +7,7 @@ so never on the stem; what cannot be right is refused by name.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 import torch
@@ -123,7 +124,8 @@ def refuse_unsupported(model: nn.Module) -> None:
             elif module.kernel_size[0] != module.kernel_size[1]:
                 problems.setdefault("convolutions with a kernel that is not square", []).append(name)
         elif isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
-            problems.setdefault(f"linear layers of type {type(module).__name__}", []).append(name)
+            kind = f"{type(module).__module__}.{type(module).__name__}"
+            problems.setdefault(f"linear layers of type {kind}", []).append(name)
         elif isinstance(module, (nn.SyncBatchNorm, nn.InstanceNorm2d)):
             problems.setdefault(f"norm layers of type {type(module).__name__}", []).append(name)
         elif not isinstance(module, nn.modules.batchnorm._BatchNorm) and any(
@@ -139,12 +141,24 @@ def refuse_unsupported(model: nn.Module) -> None:
         )
 
 
+def check_head(model: nn.Module, head: str) -> None:
+    """Raises `ValueError` unless `head` is the name of a linear layer or a convolution."""
+    module = dict(model.named_modules()).get(head)
+    if not isinstance(module, (nn.Linear, nn.Conv2d)):
+        problem = "not a layer" if module is None else f"a {type(module).__name__} and not the classification layer"
+        raise ValueError(f"`head={head!r}` is {problem} of {type(model).__name__}.")
+
+
 def check_requested(model: nn.Module, requested: str | Iterable[str], head: str) -> None:
     """Raises `ValueError` if a layer named in `target_modules` does not exist or cannot carry a branch."""
-    if isinstance(requested, str):
-        return  # PEFT reads a string as a regular expression and itself raises when nothing matches.
     names = {name for name, _ in model.named_modules()}
-    missing = [name for name in requested if not any(n == name or n.endswith(f".{name}") for n in names)]
+    if isinstance(requested, str):
+        # PEFT reads a string as a regular expression.
+        matches = [name for name in names if re.fullmatch(requested, name)]
+        if not matches:
+            raise ValueError(f"`target_modules={requested!r}` matches no layer of {type(model).__name__}.")
+        requested = matches
+    missing = [name for name in sorted(requested) if not any(n == name or n.endswith(f".{name}") for n in names)]
     if missing:
         able = [name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
         raise ValueError(
@@ -165,7 +179,11 @@ def check_alive(model: nn.Module, images: Tensor) -> None:
         model (`nn.Module`): The adapted model, in the route to be checked.
         images (`Tensor`): Normalised images, N x 3 x H x W.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    layers = {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+    }
     factors = {
         name: [
             parameter

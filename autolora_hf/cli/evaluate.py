@@ -7,7 +7,7 @@ import dataclasses
 
 from ..attacks import PGD
 from ..config import ThreatModel
-from ..data import as_pixel_dataset
+from ..data import as_pixel_dataset, check_class_names
 from ..evaluation import evaluate_robustness
 from ..modeling import load_autolora_model
 from ..training.arguments import PixelRadius
@@ -49,6 +49,7 @@ def run(argv: list[str]) -> None:
     dataset = as_pixel_dataset(
         source, model.preprocessing, image_column=args.image_column, label_column=args.label_column, name="data"
     )
+    check_class_names(model.label_names, dataset.class_names, "data")
     attack = args.attack
     if attack == "pgd":
         attack = PGD(threat_model, steps=args.steps, restarts=args.restarts)

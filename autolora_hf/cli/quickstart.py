@@ -26,6 +26,8 @@ def run(argv: list[str]) -> None:
     parser.add_argument("--mode", choices=["adapter", "full"], default=defaults.mode, help="what trains and is saved")
     parser.add_argument("--epochs", type=int, default=defaults.epochs, help="epochs of both trainings")
     parser.add_argument("--train-images", type=int, default=defaults.train_images, help="training digits, up to 4000")
+    parser.add_argument("--batch-size", type=int, default=defaults.batch_size, help="batch size of both trainings")
+    parser.add_argument("--attack-steps", type=int, default=defaults.attack_steps, help="PGD steps in training")
     parser.add_argument("--test-images", type=int, default=defaults.test_images, help="test digits, up to 1000")
     parser.add_argument("--eps", type=float, default=defaults.eps, help="Linf radius in [0, 1] pixels")
     parser.add_argument("--seed", type=int, default=defaults.seed, help="seed of everything")

@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..config import AutoLoraConfig
-from ..data import as_pixel_dataset, same_data
+from ..data import as_pixel_dataset, check_class_names, same_data
 from ..evaluation import training_curves_figure
 from ..hub import write_model_card
 from ..modeling import get_autolora_model
@@ -121,6 +121,7 @@ def run(argv: list[str]) -> None:
         for name, seen in (("training", trainer.train_dataset), ("validation", trainer.eval_dataset)):
             if same_data(test, seen):
                 raise ValueError(f"--test-data shares images with the {name} data. Give test data of their own.")
+        check_class_names(trainer.train_dataset.class_names, test.class_names, "--test-data")
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
 
     folder = Path(args.output_dir)

@@ -3,7 +3,7 @@
 from .dataset import PixelDataset, as_pixel_dataset, collate, same_data
 from .images import Augmentation, PixelTransform, to_rgb
 from .sources import load_source
-from .splits import check_labels, stratified_split, stratified_subset
+from .splits import check_class_names, check_labels, stratified_split, stratified_subset
 
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "PixelDataset",
     "PixelTransform",
     "as_pixel_dataset",
+    "check_class_names",
     "check_labels",
     "collate",
     "load_source",

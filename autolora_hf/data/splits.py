@@ -50,6 +50,21 @@ def check_labels(labels: Sequence[int], num_classes: int, name: str = "dataset")
         )
 
 
+def check_class_names(expected: Sequence[str] | None, found: Sequence[str] | None, name: str = "dataset") -> None:
+    """Raises `ValueError` if two data sets name their classes differently, so that equal labels mean other things.
+
+    Folders of images are the usual case: a missing class shifts the indices of all that follow it.
+    """
+    if expected and found and list(expected) != list(found):
+        first = next((i for i, pair in enumerate(zip(expected, found, strict=False)) if pair[0] != pair[1]), None)
+        at = len(min(expected, found, key=len)) if first is None else first
+        mine, other = (str(names[at]) if at < len(names) else "nothing" for names in (expected, found))
+        raise ValueError(
+            f"{name} has other classes than the model was trained on ({len(found)} against {len(expected)}): label "
+            f"{at} is {other!r} there and {mine!r} here. Both need the same classes in the same order."
+        )
+
+
 def stratified_split(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
     """Splits sample indices into those to keep and those to hold out, proportionally in every class.
 

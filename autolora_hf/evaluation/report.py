@@ -7,7 +7,8 @@ import math
 import os
 import textwrap
 import uuid
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -182,6 +183,60 @@ class RobustnessReport:
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)} is not a JSON file: {error}") from error
         return cls.from_dict(content)
+
+    @classmethod
+    def merged(cls, parts: Sequence[RobustnessReport]) -> RobustnessReport:
+        """One report of several, made on different images of the same data under the same conditions.
+
+        For instance by several processes. Each image's verdict is what its part found; seconds are those of the
+        slowest part.
+
+        Raises:
+            ValueError: If the parts share images or differ in threat model, attacks, seed, route or data.
+        """
+        first = parts[0]
+        same = ("threat_model", "protocol", "attack", "dataset_size", "num_classes", "seed", "route")
+        for name in same:
+            values = [getattr(part, name) for part in parts]
+            if any(value != values[0] for value in values):
+                raise ValueError(f"Reports that differ in `{name}` cannot be merged: {values}.")
+        verdicts = sorted(
+            row
+            for part in parts
+            for row in zip(part.sample_indices, part.natural_correct, part.robust_correct, strict=True)
+        )
+        indices, natural, robust = (list(column) for column in zip(*verdicts, strict=True))
+        if len(set(indices)) < len(indices):
+            raise ValueError("Reports that share images cannot be merged.")
+        attacks = []
+        for rows in zip(*(part.attacks for part in parts), strict=True):
+            if rows[0].left_out is not None:
+                attacks.append(rows[0])
+                continue
+            kept = sum(round(row.accuracy * len(part.sample_indices)) for row, part in zip(rows, parts, strict=True))
+            attacks.append(
+                AttackResult(
+                    rows[0].name,
+                    attacked=sum(row.attacked for row in rows),
+                    broken=sum(row.broken for row in rows),
+                    accuracy=kept / len(indices),
+                    seconds=max(row.seconds for row in rows),
+                )
+            )
+        report = replace(
+            first,
+            natural=Accuracy.from_counts(sum(natural), len(indices)),
+            robust=Accuracy.from_counts(sum(robust), len(indices)),
+            attacks=attacks,
+            sample_indices=indices,
+            natural_correct=natural,
+            robust_correct=robust,
+            seconds=max(part.seconds for part in parts),
+        )
+        # What follows from the figures is derived anew; what was seen in a part's model passes or images is kept.
+        seen = [text for part in parts for text in part.warnings if text not in standard_warnings(part)]
+        report.warnings = [*standard_warnings(report), *dict.fromkeys(seen)]
+        return report
 
     def __str__(self) -> str:
         used = len(self.sample_indices)

@@ -18,6 +18,8 @@ from tqdm.auto import tqdm
 from ..attacks import PGD, attack_mode
 from ..attacks.pgd import logits_of
 from ..config import ThreatModel
+from ..frozen import FrozenRoute
+from ..modeling import AutoLoraModel
 from ..pixels import check_pixels
 from .autoattack import AutoAttackComponent, autoattack_components, isolated_random_state
 from .report import Accuracy, AttackResult, Protocol, RobustnessReport, standard_warnings
@@ -78,6 +80,8 @@ def evaluate_robustness(
 
     with attack_mode(model), _on_device(model, device), torch.enable_grad():
         view = AttackView(model, route).eval()
+        # Attacks search on a copy that is quicker and the same up to rounding; the model itself judges what they find.
+        target = AttackView(FrozenRoute(model, route)).eval() if isinstance(model, AutoLoraModel) else view
         _, first, _ = next(samples.batches(torch.tensor([0]), view.device))
         num_classes = _count_classes(view, first)
         samples.check_labels(num_classes)
@@ -86,7 +90,7 @@ def evaluate_robustness(
         notes = _diagnose(view, samples, correct)
         robust, rows = correct.clone(), []
         for current in attacks:
-            rows.append(_run(current, view, samples, robust, threat_model, seed, progress))
+            rows.append(_run(current, target, view, samples, robust, threat_model, seed, progress))
         place = view.device
 
     protocol: Protocol = "custom"
@@ -197,9 +201,11 @@ def _name(attack: Attack) -> str:
 
 
 def _describe(attacks: list[Attack], protocol: Protocol) -> str:
-    names = ", ".join(str(entry) if isinstance(entry, AutoAttackComponent) else _name(entry) for entry in attacks)
-    kinds = {"autoattack": "AutoAttack (standard): ", "autoattack-reduced": "AutoAttack (reduced): ", "custom": ""}
-    return kinds[protocol] + names
+    parts = [_name(entry) for entry in attacks if not isinstance(entry, AutoAttackComponent)]
+    components = ", ".join(str(entry) for entry in attacks if isinstance(entry, AutoAttackComponent))
+    if components:
+        parts.append(f"AutoAttack ({'standard' if protocol == 'autoattack' else 'reduced'}): {components}")
+    return " + ".join(parts)
 
 
 @torch.no_grad()
@@ -253,6 +259,7 @@ def _diagnose(view: AttackView, samples: Samples, correct: Tensor) -> list[str]:
 
 def _run(
     attack: Attack,
+    target: AttackView,
     view: AttackView,
     samples: Samples,
     robust: Tensor,
@@ -263,19 +270,19 @@ def _run(
     """Runs one attack on the images that are still `robust` and clears those that it broke."""
     name, started, before = _name(attack), time.perf_counter(), int(robust.sum())
     with tqdm(total=before, desc=name, unit="image", disable=not progress) as bar:
-        view.on_pass = _Heartbeat(bar, robust)
+        target.on_pass = _Heartbeat(bar, robust)
         for batch, pixels, labels in samples.batches(robust.nonzero().squeeze(1), view.device):
             with isolated_random_state(seed):
-                adversarial = attack(view, pixels.clone(), labels.clone())
+                adversarial = attack(target, pixels.clone(), labels.clone())
             adversarial = _verified(adversarial, pixels, threat_model, name)
             # Some attack libraries leave the model in training mode.
-            view.eval()
+            target.eval()
             with torch.no_grad():
                 logits = view(adversarial)
             # An image for which the model answers NaN is not classified.
             robust[batch] = ((logits.argmax(1) == labels) & ~logits.isnan().any(1)).cpu()
             bar.update(len(batch))
-        view.on_pass = None
+        target.on_pass = None
     after, seconds = int(robust.sum()), round(time.perf_counter() - started, 3)
     return AttackResult(name, before, before - after, after / len(robust), seconds)
 

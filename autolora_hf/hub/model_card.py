@@ -36,8 +36,8 @@ def write_model_card(
     Args:
         folder (`str`): Where [`AutoLoraModel.save_pretrained`] wrote the model.
         model (`AutoLoraModel`): The model the card is about.
-        reports (`Mapping[str, RobustnessReport]`): Measurements by row title. The first one is this model's; others are
-            shown for comparison. May be empty: the card then says that nothing was measured.
+        reports (`Mapping[str, RobustnessReport]`): Measurements by row title. The first one is this model's; others
+            are shown for comparison. May be empty: the card then says that nothing was measured.
         plan (`Mapping`, *optional*): `AutoLoraTrainer.plan`.
         dataset (`str`, *optional*): What it was trained and measured on.
         training_note (`str`, *optional*): A sentence about the training that the plan does not hold.

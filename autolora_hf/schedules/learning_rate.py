@@ -48,6 +48,9 @@ class PlateauHalving:
     1. the number of epochs in the window since `w_(j-1)` with `RA(i+1) > RA(i)` is below `rho * (w_j - w_(j-1))`, or
     2. it was not halved at `w_(j-1)` and the best RA has not changed since then.
 
+    While RA has never been above `chance`, nothing is halved and nothing reloaded: early in the natural-to-robust
+    curriculum RA can stay at zero, which says nothing about a plateau, and "the best weights" would be the first ones.
+
     A checkpoint `w_j` is tested after epoch `w_j + 1`, so that the first window has a measured start (as in the
     released code).
 
@@ -56,11 +59,13 @@ class PlateauHalving:
         rho (`float`): Share of improving epochs below which the window counts as a plateau.
         rule (`str`): `"paper"` as above. `"released"`: condition 2 without its first half, which the released code
             never lets be false after the first checkpoint.
+        chance (`float`): Robust accuracy of guessing, `1 / K`; 0 compares as the released code does.
     """
 
     checkpoints: list[int]
     rho: float = 0.75
     rule: Literal["paper", "released"] = "paper"
+    chance: float = 0.0
     history: list[float] = field(default_factory=list)
     best_at_checkpoint: float | None = None
     halved_at_checkpoint: bool = False
@@ -82,7 +87,7 @@ class PlateauHalving:
         if epoch not in self.checkpoints:
             return 0
         best, condition = max(self.history), 0
-        if epoch > 0:
+        if epoch > 0 and best > self.chance:
             start = self.checkpoints[self.checkpoints.index(epoch) - 1]
             pairs = zip(self.history[start:epoch], self.history[start + 1 : epoch + 1], strict=True)
             improved = sum(later > earlier for earlier, later in pairs)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from ..attacks import PGD
 from ..config import ThreatModel
@@ -73,10 +74,14 @@ class AutoLoraTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Number of epochs. Default: the paper's 60, more if an epoch has under 15 steps."},
     )
-    learning_rate: float = field(default=0.01, metadata={"help": "Learning rate at the start; halved by itself."})
+    learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate at the start; halved by itself. Default: 0.01, for adapters 0.005."},
+    )
     weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay, on every parameter."})
-    optim: str = field(default="sgd", metadata={"help": "Optimizer. Default: SGD with momentum 0.9."})
-    optim_args: str | None = field(default="momentum=0.9", metadata={"help": "Arguments of the optimizer."})
+    optim: str | None = field(
+        default=None, metadata={"help": "Optimizer. Default: SGD with momentum 0.9, for adapters AdamW."}
+    )
     per_device_train_batch_size: int = field(default=128, metadata={"help": "Training batch size of each device."})
     per_device_eval_batch_size: int = field(default=128, metadata={"help": "Evaluation batch size of each device."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0 is none, as in the paper."})
@@ -105,10 +110,20 @@ class AutoLoraTrainingArguments(TrainingArguments):
             raise ValueError(f"`num_train_epochs` must be at least 1, got {self.num_train_epochs}.")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"`validation_fraction` must be between 0 and 1, got {self.validation_fraction}.")
-        if self.optim != "sgd" and self.optim_args == "momentum=0.9":
-            self.optim_args = None
+        strategies = [getattr(value, "value", value) for value in (self.eval_strategy, self.save_strategy)]
+        if strategies != ["epoch", "epoch"]:
+            raise ValueError(
+                "The automatic learning rate looks at the robust validation accuracy of every epoch and goes back to "
+                "the best checkpoint, so it needs `eval_strategy='epoch'` and `save_strategy='epoch'`, got "
+                f"{strategies[0]!r} and {strategies[1]!r}."
+            )
+        # `TrainingArguments` wants a name; `resolve_optimizer` replaces it once the mode is known.
+        self._choose_optimizer = self.optim is None
+        self.optim = self.optim or "sgd"
         # Both raise with advice when the numbers make no sense, before anything is loaded or trained.
         self.eps = PixelRadius(self.eps)
+        if self.attack_step_size is not None:
+            self.attack_step_size = PixelRadius(self.attack_step_size)
         self.training_attack()
         if self.metric_for_best_model is None:
             self.metric_for_best_model = f"eval_{OBJECTIVES[self.objective].selection_metric}"
@@ -118,16 +133,23 @@ class AutoLoraTrainingArguments(TrainingArguments):
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # there is nothing to pin for, and torch would warn
         super().__post_init__()
-        if self.eval_strategy.value != "epoch" or self.save_strategy.value != "epoch":
-            raise ValueError(
-                "The automatic learning rate looks at the robust validation accuracy of every epoch and goes back to "
-                "the best checkpoint, so it needs `eval_strategy='epoch'` and `save_strategy='epoch'`, got "
-                f"{self.eval_strategy.value!r} and {self.save_strategy.value!r}."
-            )
         if self.activation_checkpointing:
             raise ValueError(
                 "`activation_checkpointing=True` is not supported yet: recomputed layers would run in the wrong route."
             )
+
+    def resolve_optimizer(self, mode: str) -> None:
+        """Fills in optimizer and learning rate where they were left open.
+
+        Mode `full` has the paper's SGD. The two factors of an adapter have gradients of very different size, so SGD
+        hardly moves it: mode `adapter` has AdamW.
+        """
+        if self._choose_optimizer:
+            self.optim = OptimizerNames.SGD if mode == "full" else OptimizerNames.ADAMW_TORCH
+        if self.optim == OptimizerNames.SGD and self.optim_args is None:
+            self.optim_args = "momentum=0.9"
+        if self.learning_rate is None:
+            self.learning_rate = 0.01 if mode == "full" else 0.005
 
     @property
     def threat_model(self) -> ThreatModel:

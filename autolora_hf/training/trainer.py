@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, ProgressCallback, Trainer, TrainerCallback
 
 from ..attacks.pgd import PGD, attack_mode, logits_of
-from ..data import as_pixel_dataset, check_labels, collate, same_data, stratified_split
+from ..data import as_pixel_dataset, check_class_names, check_labels, collate, same_data, stratified_split
 from ..evaluation import RobustnessReport, evaluate_robustness
+from ..frozen import FrozenRoute
 from ..modeling import AutoLoraModel, get_autolora_model
 from ..objectives import OBJECTIVES, Batch
 from ..pixels import Normalize
@@ -71,6 +72,7 @@ class AutoLoraTrainer(Trainer):
         if not isinstance(model, AutoLoraModel):
             model = get_autolora_model(model)
         model.threat_model = args.threat_model
+        args.resolve_optimizer(model.autolora_config.mode)
         self.objective = OBJECTIVES[args.objective]()
         self.reports: list[RobustnessReport] = []
         train, validation = self._prepare_data(model, args, train_dataset, eval_dataset)
@@ -93,6 +95,7 @@ class AutoLoraTrainer(Trainer):
         self._terms: dict[str, list[Tensor]] = defaultdict(list)
         self._micro_step = (-1, 0)
         self._eval_generator: torch.Generator | None = None
+        self._frozen: FrozenRoute | None = None
         if args.should_save:
             write_json(self.plan, Path(args.output_dir) / PLAN)
         logger.info("Training plan: %s", ", ".join(f"{key} {value}" for key, value in self.plan.items()))
@@ -106,13 +109,15 @@ class AutoLoraTrainer(Trainer):
             _refuse_test_split(validation)
         train = as_pixel_dataset(train, preprocessing, augmentation=args.augmentation, name="train_dataset", **columns)
         check_labels(train.labels, model.num_classes, "train_dataset")
-        if model.label_names is None and train.class_names and len(train.class_names) == model.num_classes:
+        if train.class_names and len(train.class_names) == model.num_classes:
+            # The checkpoint may bring the names of another task.
             model.label_names = list(train.class_names)
         if validation is None:
             kept, held_out = stratified_split(train.labels, args.validation_fraction, args.seed)
             return train.select(kept), train.select(held_out, augmentation="none")
         validation = as_pixel_dataset(validation, preprocessing, name="eval_dataset", **columns)
         check_labels(validation.labels, model.num_classes, "eval_dataset")
+        check_class_names(train.class_names, validation.class_names, "eval_dataset")
         if same_data(train, validation):
             raise ValueError(
                 "`eval_dataset` shares images with `train_dataset`. The schedule would see accuracy on memorised "
@@ -140,6 +145,7 @@ class AutoLoraTrainer(Trainer):
             "batch_size": batch,
             "steps_per_epoch": steps,
             "epochs": epochs,
+            "optimizer": args.optim.value,
             "learning_rate": args.learning_rate,
             "halving_rule": args.halving_rule,
             "halving_checkpoints": default_checkpoints(epochs, args.halving_interval),
@@ -159,7 +165,9 @@ class AutoLoraTrainer(Trainer):
             self.lr_scheduler = AutoLoraScheduler(
                 # Accelerate's wrapper is no `torch.optim.Optimizer`, which LRScheduler insists on.
                 getattr(optimizer, "optimizer", optimizer),
-                PlateauHalving(self.plan["halving_checkpoints"], rule=self.args.halving_rule),
+                PlateauHalving(
+                    self.plan["halving_checkpoints"], rule=self.args.halving_rule, chance=1 / self.model.num_classes
+                ),
                 alpha=self.args.scalar_alpha,
                 lambda2_max=self.args.scalar_lambda2_max,
                 min_learning_rate=self.args.min_learning_rate,
@@ -202,14 +210,10 @@ class AutoLoraTrainer(Trainer):
     def _attack(
         self, model: AutoLoraModel, attack: PGD, pixels: Tensor, labels: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """Attacks the deployed route."""
-
-        def deployed(images: Tensor) -> Tensor:
-            with model.route(ROBUST):
-                return logits_of(model(self._normalize(images)))
-
-        with attack_mode(model):
-            return attack(_Function(deployed), pixels, labels, generator=generator)
+        """Attacks the deployed route, by way of a frozen copy: the same function, with less work in each pass."""
+        if self._frozen is None:
+            self._frozen = FrozenRoute(model, ROBUST)
+        return attack(self._frozen.refresh(), pixels, labels, generator=generator)
 
     def _step_generator(self, device: torch.device) -> torch.Generator:
         """A generator that depends on seed, step, micro step and process alone.
@@ -268,6 +272,13 @@ class AutoLoraTrainer(Trainer):
             self.control.should_training_stop = True
         return metrics
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        best = self.state.best_metric
+        if best is not None and best <= 1 / self.model.num_classes:
+            # Up to chance level one epoch is as good as another: take the latest instead of the first.
+            self.state.best_metric = None
+        return super()._determine_best_metric(metrics, trial)
+
     @torch.no_grad()
     def natural_training_accuracy(self) -> float:
         """SA: accuracy of the natural route on the clean training images, without augmentation, in eval mode."""
@@ -297,6 +308,7 @@ class AutoLoraTrainer(Trainer):
                     f"{'fitted to' if name == 'training' else 'selected with'}: robust accuracy on it says nothing "
                     "about new images. Pass test data that was not used in training."
                 )
+        check_class_names(self.train_dataset.class_names, test.class_names, "dataset")
         report = evaluate_robustness(self.model, test, self.args.threat_model, attack, **kwargs)
         self.reports.append(report)
         return report
@@ -345,17 +357,6 @@ class _AutoLoraCallback(TrainerCallback):
         if scheduler.reload_due and state.best_model_checkpoint is not None:
             self.trainer._load_best_model()
         scheduler.reload_due = False
-
-
-class _Function(nn.Module):
-    """A plain function where an attack expects a module."""
-
-    def __init__(self, function: Any) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.function(pixels)
 
 
 def _accuracies(prediction: EvalPrediction) -> dict[str, float]:

@@ -71,7 +71,21 @@ def test_later_attacks_get_only_what_is_left():
         ("nudge", 3, 1, 0.5),
         ("Harder", 2, 1, 0.25),
     ]
-    assert report.attack == "nudge, Harder"
+    assert report.attack == "nudge + Harder"
+
+
+def test_own_attacks_next_to_autoattack():
+    pixels, labels = case([0.01, 0.05])
+
+    def nudge(model, x, y):
+        return torch.cat([x[:, :1] - 0.01, x[:, 1:] + 0.01], 1)
+
+    report = evaluate(Channel(), (pixels, labels), [nudge, "autoattack"])
+    assert report.attack == (
+        "nudge + AutoAttack (reduced): APGD-CE, APGD-DLR, FAB-T (2 target classes), Square (5000 queries)"
+    )
+    assert [row.name for row in report.attacks] == ["nudge", "APGD-CE", "APGD-DLR", "FAB-T", "Square", "APGD-T"]
+    assert [row.broken for row in report.attacks] == [1, 1, 0, 0, 0, 0]
 
 
 def test_claims_of_an_attack_are_not_believed():

@@ -1,0 +1,526 @@
+"""What `get_autolora_model` makes, what it refuses, and the released layout of a branch."""
+
+import peft
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
+from tiny_models import IMAGE_SIZE, LAYOUTS, MODELS, MODES, VARIANTS, change_everything, pixels
+from torch import nn
+from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+
+from autolora_hf import AutoLoraConfig, AutoLoraModel, Preprocessing, ThreatModel, get_autolora_model
+from autolora_hf.frozen import FrozenRoute
+from autolora_hf.layers import ReleasedLora, fold_factors, unfold_factors
+from autolora_hf.objectives import AutoLora, Batch
+from autolora_hf.schedules import LossScalars
+
+
+def logits_of(output):
+    return output if isinstance(output, torch.Tensor) else output.logits
+
+
+# ---- both routes ----
+
+
+@pytest.mark.parametrize(("name", "mode", "layout", "norm"), VARIANTS)
+def test_routes_start_at_the_backbone_and_part_in_training(name, mode, layout, norm):
+    tiny = MODELS[name]
+    model = tiny.adapted(mode=mode, layout=layout, norm=norm)
+    images = pixels()
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (tiny.preprocessing.mean, tiny.preprocessing.std))
+    with torch.no_grad():
+        expected = logits_of(tiny.fresh()((images - mean) / std))
+        for route in ("robust", "natural"):
+            torch.testing.assert_close(model.pixel_space(route)(images), expected, rtol=1e-5, atol=1e-5)
+
+    # In double precision, since the branch of some layouts moves little in one step.
+    model.double().train()
+    images = images.double()
+    routes = {route: model.pixel_space(route) for route in ("robust", "natural")}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    batch = Batch(images, (images + 0.03).clamp(max=1), torch.tensor([0, 1, 2, 3]))
+    AutoLora()(lambda route, x: routes[route](x), batch, LossScalars(0.5, 3.0)).loss.backward()
+    optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        robust, natural = routes["robust"](images), routes["natural"](images)
+    for one, other in ((robust, expected), (natural, expected), (robust, natural)):
+        assert (one - other).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_forward_returns_what_the_base_returns(name, mode):
+    model = MODELS[name].adapted(mode=mode)
+    change_everything(model)
+    preprocessing, images = model.preprocessing, pixels()
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (preprocessing.mean, preprocessing.std))
+    normalised = (images - mean) / std
+    outputs = {}
+    for route in ("robust", "natural"):
+        with model.route(route):
+            output = model(normalised)
+        assert type(output) is type(MODELS[name].fresh()(normalised))
+        assert torch.equal(logits_of(output), model.pixel_space(route)(images))
+        outputs[route] = logits_of(output)
+    assert not torch.allclose(outputs["robust"], outputs["natural"])
+    # Outside any route the deployed one runs.
+    assert torch.equal(logits_of(model(normalised)), outputs["robust"])
+    assert isinstance(model, peft.PeftModel)
+    if name.startswith("hf"):
+        labels = torch.tensor([0, 1, 2, 3])
+        loss = model(pixel_values=normalised, labels=labels).loss
+        torch.testing.assert_close(loss, F.cross_entropy(outputs["robust"], labels))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", MODELS)
+def test_without_adapters_it_is_the_base(name, mode):
+    model = MODELS[name].adapted(mode=mode)
+    change_everything(model)
+    images = pixels()
+    normalised = model.pixel_space().normalize(images)
+    before = {route: model.pixel_space(route)(images) for route in ("robust", "natural")}
+    with model.disable_adapter():
+        bare = logits_of(model(normalised))
+    if mode == "full":
+        assert torch.equal(bare, before["robust"])
+    else:
+        assert torch.equal(bare, logits_of(MODELS[name].fresh()(normalised)))
+    for route, logits in before.items():
+        assert torch.equal(model.pixel_space(route)(images), logits)
+
+
+@pytest.mark.parametrize("route", ["robust", "natural"])
+@pytest.mark.parametrize(("name", "mode", "layout", "norm"), [v for v in VARIANTS if v[-1] != "robust_stats"])
+def test_a_frozen_route_is_the_same_function(name, mode, layout, norm, route):
+    model = MODELS[name].adapted(mode=mode, layout=layout, norm=norm)
+    change_everything(model)
+    images = pixels().requires_grad_(True)
+
+    def value_and_gradient(view):
+        logits = view(images)
+        return logits.detach(), torch.autograd.grad(logits.square().sum(), images)[0]
+
+    expected = value_and_gradient(model.pixel_space(route))
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    frozen = FrozenRoute(model.train(), route)
+    assert not any(isinstance(module, (LoraLayer, nn.BatchNorm2d)) for module in frozen.modules())
+    found = value_and_gradient(frozen)
+    for one, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
+    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert all(module.training for module in model.modules())
+    # It is a copy.
+    change_everything(model, seed=5)
+    assert all(torch.equal(*pair) for pair in zip(value_and_gradient(frozen), found, strict=True))
+
+
+def test_set_adapter_is_refused():
+    model = MODELS["hf_vit"].adapted()
+    with pytest.raises(RuntimeError, match=r"set_adapter\('natural'\).*model.route\('natural'\)"):
+        model.set_adapter("natural")
+
+
+# ---- which layers ----
+
+# Parameters of the branch: a published property of the method's code, by rank.
+BRANCH_SIZES = {
+    "resnet18": {2: 132_864, 4: 265_728, 8: 531_456, 16: 1_062_912},
+    "resnet50": {2: 218_880, 4: 437_760, 8: 875_520, 16: 1_751_040},
+}
+
+
+@pytest.mark.parametrize(("name", "r"), [(name, r) for name, sizes in BRANCH_SIZES.items() for r in sizes])
+def test_size_of_the_branch(name, r):
+    network = timm.create_model(name, num_classes=10)
+    convolutions = {key for key, module in network.named_modules() if isinstance(module, nn.Conv2d)}
+    sizes = {key: parameter.numel() for key, parameter in network.named_parameters()}
+    model = get_autolora_model(network, AutoLoraConfig(r=r), preprocessing=Preprocessing((64, 64)))
+    trainable = {key: p.numel() for key, p in model.named_parameters() if p.requires_grad}
+    branch = {key: size for key, size in trainable.items() if ".lora_" in key}
+    assert sum(branch.values()) == BRANCH_SIZES[name][r]
+    assert sum(trainable.values()) - sum(branch.values()) == sum(sizes.values())
+    # Every convolution of the blocks, down-sampling included; neither stem nor head.
+    assert model.lora_layers().keys() == convolutions - {"conv1"}
+    assert {layer.scaling["natural"] for layer in model.lora_layers().values()} == {1 / r}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_head_and_targets_are_found(name):
+    model = MODELS[name].adapted()
+    base = MODELS[name].fresh()
+    assert model.autolora_config.head == MODELS[name].head
+    assert model.head.out_features == model.num_classes == 4
+    layers = {key for key, module in base.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
+    stems = {
+        "timm_resnet": {"conv1.0", "conv1.3", "conv1.6"},
+        "timm_vit": {"patch_embed.proj"},
+        "hf_resnet": {"resnet.embedder.embedder.convolution"},
+        "hf_vit": {"vit.embeddings.patch_embeddings.projection"},
+    }
+    assert model.lora_layers().keys() == layers - {MODELS[name].head} - stems[name]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", MODELS)
+def test_what_trains(name, mode):
+    model = MODELS[name].adapted(mode=mode)
+    trainable = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    factors = {key for key, _ in model.named_parameters() if ".lora_A." in key or ".lora_B." in key}
+    assert factors <= trainable
+    others = trainable - factors
+    if mode == "full":
+        assert len(others) == len(list(MODELS[name].fresh().parameters()))
+    else:
+        assert all(".modules_to_save.robust." in key for key in others)
+        norms = sum(isinstance(m, nn.BatchNorm2d) for m in MODELS[name].fresh().modules())
+        assert len(others) == 2 * norms + 2  # weight and bias of each norm and of the head
+
+
+def test_target_modules_can_be_chosen():
+    tiny = MODELS["hf_vit"]
+    for wanted in (["q_proj", "v_proj"], r".*\.(q|v)_proj"):
+        model = tiny.adapted(target_modules=wanted)
+        assert model.lora_layers().keys() == {f"vit.layers.{i}.attention.{p}_proj" for i in (0, 1) for p in "qv"}
+    model = MODELS["timm_vit"].adapted(target_modules="all-linear")
+    linears = {key for key, module in MODELS["timm_vit"].fresh().named_modules() if isinstance(module, nn.Linear)}
+    assert model.lora_layers().keys() == linears - {"head"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_head_can_be_named(name):
+    assert MODELS[name].adapted(head=MODELS[name].head).autolora_config.head == MODELS[name].head
+
+
+# ---- refusals ----
+
+
+def snapshot(model):
+    """All of a model that its owner could notice a change of."""
+    return (
+        {name: id(module) for name, module in model.named_modules()},
+        {name: (id(tensor), tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()},
+        {name: parameter.requires_grad for name, parameter in model.named_parameters()},
+        [module.training for module in model.modules()],
+        [len(module._forward_hooks) for module in model.modules()],
+        set(vars(model)),
+    )
+
+
+def assert_unchanged(model, before):
+    modules, tensors, *rest = snapshot(model)
+    assert modules == before[0]
+    assert not any(isinstance(module, LoraLayer) for module in model.modules())
+    assert tensors.keys() == before[1].keys()
+    for name, (identity, value) in tensors.items():
+        assert identity == before[1][name][0]
+        assert torch.equal(value, before[1][name][1])
+    assert rest == list(before[2:])
+
+
+def small_beit():
+    return timm.create_model(
+        "beit_base_patch16_224", depth=1, embed_dim=32, num_heads=2, img_size=IMAGE_SIZE, num_classes=4
+    )
+
+
+def refusal(network, *parts, error=ValueError, preprocessing=None, **config):
+    before = snapshot(network)
+    with pytest.raises(error) as caught:
+        get_autolora_model(network, AutoLoraConfig(**config), preprocessing=preprocessing)
+    for part in parts:
+        assert part in str(caught.value)
+    assert_unchanged(network, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("resnext50_32x4d", ["layer1.0.conv2", "and 8 more"]),
+        ("mobilenetv3_small_050", ["blocks.0.0.conv_dw"]),
+        ("convnext_atto", ["stages.0.blocks.0.conv_dw"]),
+    ],
+)
+def test_grouped_convolutions_are_refused(name, layers):
+    network = timm.create_model(name)
+    refusal(network, type(network).__name__, "grouped or depthwise convolutions", *layers)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_dead_branches_are_refused(mode):
+    """BEiT reads the weight of `qkv` without calling the layer."""
+    network = small_beit()
+    network.patch_embed.requires_grad_(False)
+    network.train().blocks[0].eval()
+    refusal(network, "weights of blocks.0.attn.qkv", "branches would be dead", "target_modules", mode=mode)
+    # With the advice of the message it works, on the same model.
+    alive = ["blocks.0.attn.proj", "blocks.0.mlp.fc1", "blocks.0.mlp.fc2"]
+    model = get_autolora_model(network, AutoLoraConfig(mode=mode, target_modules=alive))
+    assert list(model.lora_layers()) == alive
+
+
+class _OtherLinear(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, 2 * self.weight)
+
+
+def replaced(name, path, module):
+    network = MODELS[name].fresh()
+    network.set_submodule(path, module)
+    return network
+
+
+@pytest.mark.parametrize(
+    ("path", "module", "parts"),
+    [
+        ("layer1.0.conv1", nn.Conv2d(32, 32, 3, padding=2, dilation=2), ["dilated", "layer1.0.conv1"]),
+        ("layer1.0.conv1", nn.Conv2d(32, 32, 3, padding=1, padding_mode="reflect"), ["non-zero padded"]),
+        ("layer1.0.conv1", nn.Conv2d(32, 32, (3, 1), padding=(1, 0)), ["not square"]),
+        ("layer1.0.conv1", type("StdConv2d", (nn.Conv2d,), {})(32, 32, 3, padding=1), ["of type StdConv2d"]),
+        ("layer1.0.bn1", nn.SyncBatchNorm(32), ["SyncBatchNorm"]),
+        ("fc", _OtherLinear(64, 4), ["_OtherLinear"]),
+        ("fc", nn.MultiheadAttention(64, 2), ["MultiheadAttention"]),
+    ],
+)
+def test_other_layers_are_refused(path, module, parts):
+    refusal(replaced("timm_resnet", path, module), "not supported yet", *parts)
+
+
+@pytest.mark.parametrize(
+    ("config", "parts"),
+    [
+        ({"head": "clasifier"}, ["`head='clasifier'`", "not a layer of ViTForImageClassification"]),
+        ({"head": "vit"}, ["`head='vit'`", "a ViTModel"]),
+        ({"target_modules": ["q", "fc9", "fc1"]}, ["does not have: fc9, q.", "vit.layers.0.attention.q_proj"]),
+        ({"target_modules": ["classifier"]}, ["includes the head 'classifier'"]),
+        ({"target_modules": r".*(classifier|fc1)"}, ["includes the head 'classifier'"]),
+        ({"target_modules": "nothing.*"}, ["`target_modules='nothing.*'` matches no layer"]),
+        ({"norm": "dual"}, ["`norm='dual'`", "BatchNorm", "`norm='shared'`"]),
+        ({"norm": "robust_stats"}, ["`norm='robust_stats'`", "this model has none"]),
+    ],
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_wrong_choices_are_refused(mode, config, parts):
+    refusal(MODELS["hf_vit"].fresh(), *parts, preprocessing=MODELS["hf_vit"].preprocessing, mode=mode, **config)
+
+
+def test_names_that_adapter_mode_cannot_tell_apart_are_refused():
+    network = MODELS["timm_vit"].fresh()
+    network.aux_head = nn.Linear(64, 4)  # PEFT would save it along with `head`
+    refusal(network, "aux_head", "`mode='full'`", mode="adapter")
+    get_autolora_model(network)
+
+
+def test_a_model_without_a_head_is_refused():
+    refusal(timm.create_model("test_vit", num_classes=0, img_size=32), "classification layer", "AutoLoraConfig(head=")
+
+
+def test_what_is_no_image_classifier_is_refused():
+    refusal(nn.Sequential(nn.Linear(3, 4)), "got Sequential", "timm model", error=TypeError)
+    wrapper = TimmWrapperForImageClassification(TimmWrapperConfig(architecture="test_vit", num_labels=4))
+    refusal(wrapper, "TimmWrapper", "pass the timm model itself", error=TypeError)
+    with pytest.raises(TypeError, match="got int"):
+        get_autolora_model(7)
+
+
+def test_an_adapted_model_is_refused():
+    model = MODELS["timm_resnet"].adapted()
+    for again in (model, model.get_base_model()):
+        with pytest.raises(ValueError, match="already carries adapters"):
+            get_autolora_model(again)
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [("resnet51", ["'resnet51'", "Did you mean", "'resnet50'"]), ("@@", ["'@@'", "not a timm model"])],
+)
+def test_unknown_names_are_refused(name, parts):
+    with pytest.raises(ValueError) as caught:
+        get_autolora_model(name)
+    assert all(part in str(caught.value) for part in parts)
+    assert ("Did you mean" in str(caught.value)) == (len(parts) == 3)
+
+
+def test_a_wrong_number_of_classes_is_refused():
+    tiny = MODELS["timm_resnet"]
+    with pytest.raises(ValueError, match="`num_classes=7`, but the model has 4"):
+        get_autolora_model(tiny.fresh(), num_classes=7)
+    with pytest.raises(ValueError, match="2 label names for a model of 4 classes"):
+        get_autolora_model(tiny.fresh(), label_names=["a", "b"], preprocessing=tiny.preprocessing)
+
+
+# ---- configuration ----
+
+
+@pytest.mark.parametrize(
+    ("config", "parts"),
+    [
+        ({"mode": "lora"}, ["`mode`", "'full', 'adapter'", "'lora'"]),
+        ({"layout": "conv"}, ["`layout`", "'released', 'peft'", "'conv'"]),
+        ({"norm": "both"}, ["`norm`", "'shared', 'robust_stats', 'dual'", "'both'"]),
+        ({"bias": "all"}, ["`bias='all'`"]),
+        ({"use_dora": True}, ["`use_dora=True`"]),
+        ({"init_lora_weights": "pissa"}, ["`init_lora_weights='pissa'`"]),
+        ({"modules_to_save": ["fc"]}, ["`modules_to_save=['fc']`", "`head`"]),
+        ({"lora_dropout": 0.1}, ["`lora_dropout=0.1`", "`layout='peft'`"]),
+        ({"r": 0}, ["`r`", "0"]),
+        ({"r": -8}, ["`r`", "-8"]),
+    ],
+)
+def test_bad_configurations_print_what_was_received(config, parts):
+    with pytest.raises(ValueError) as caught:
+        MODELS["timm_vit"].adapted(**config)
+    assert all(part in str(caught.value) for part in parts)
+
+
+def test_configuration_defaults():
+    full, adapter = AutoLoraConfig(), AutoLoraConfig(mode="adapter")
+    assert (full.mode, full.layout, full.norm, full.r, full.lora_alpha) == ("full", "released", "shared", 8, 1)
+    assert (adapter.layout, adapter.norm, adapter.r, adapter.lora_alpha) == ("peft", "shared", 8, 16)
+    assert AutoLoraConfig(mode="adapter", r=4).lora_alpha == 8
+    assert AutoLoraConfig(lora_alpha=5, layout="peft").lora_alpha == 5
+
+
+def test_the_callers_configuration_is_left_alone():
+    config = AutoLoraConfig()
+    model = get_autolora_model(MODELS["timm_vit"].fresh(), config)
+    assert config.head is None
+    assert config.target_modules is None
+    assert model.autolora_config.head == "head"
+
+
+def test_what_is_known_of_the_checkpoint():
+    tiny = MODELS["timm_vit"]
+    names, threat = list("abcd"), ThreatModel("l2", 0.5)
+    model = get_autolora_model(tiny.fresh(), label_names=names, threat_model=threat)
+    assert isinstance(model, AutoLoraModel)
+    assert model.label_names == names
+    assert model.threat_model == threat
+    assert model.preprocessing.image_size == (IMAGE_SIZE, IMAGE_SIZE)
+    assert get_autolora_model(tiny.fresh()).threat_model == ThreatModel("linf", 8 / 255)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mode", MODES)
+def test_rank_pattern(mode, layout):
+    model = MODELS["timm_resnet"].adapted(mode=mode, layout=layout, rank_pattern={"layer1.0.conv1": 3})
+    ranks = {name: layer.r["natural"] for name, layer in model.lora_layers().items()}
+    assert ranks.pop("layer1.0.conv1") == 3
+    assert set(ranks.values()) == {8}
+
+
+# ---- the released layout ----
+
+LAYERS = {
+    "3x3": lambda: nn.Conv2d(5, 7, 3, padding=1, bias=False),
+    "3x3, stride 2": lambda: nn.Conv2d(5, 7, 3, stride=2, padding=1),
+    "1x1, stride 2": lambda: nn.Conv2d(5, 7, 1, stride=2, bias=False),
+    "5x5": lambda: nn.Conv2d(5, 7, 5),
+    "linear": lambda: nn.Linear(5, 7),
+    "linear without bias": lambda: nn.Linear(5, 7, bias=False),
+}
+
+
+def released(name, r=2, alpha=3, dtype=torch.float64):
+    layer = ReleasedLora(LAYERS[name]().to(dtype), "one", LoraConfig(), r=r, lora_alpha=alpha)
+    nn.init.normal_(layer.lora_B["one"], std=0.1)
+    return layer
+
+
+def inputs(name, dtype=torch.float64):
+    return torch.randn((4, 5) if "linear" in name else (4, 5, 9, 9), dtype=dtype)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_released_change_of_the_weight(name):
+    layer = released(name)
+    base = layer.get_base_layer()
+    width = base.kernel_size[0] if isinstance(base, nn.Conv2d) else 1
+    assert layer.lora_A["one"].shape == (2 * width, 5 * width)
+    assert layer.lora_B["one"].shape == (7 * width, 2 * width)
+    delta = (layer.lora_B["one"] @ layer.lora_A["one"]).reshape(base.weight.shape) * 3 / 2
+    torch.testing.assert_close(layer.get_delta_weight("one"), delta)
+
+    changed = LAYERS[name]().double()
+    changed.load_state_dict({**base.state_dict(), "weight": base.weight.detach() + delta.detach()})
+    x = inputs(name)
+    torch.testing.assert_close(layer(x), changed(x))
+    layer._disable_adapters = True
+    assert torch.equal(layer(x), base(x))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_released_branch_starts_at_zero(name):
+    layer = ReleasedLora(LAYERS[name](), "one", LoraConfig(), r=64, lora_alpha=1)
+    assert not layer.lora_B["one"].any()
+    assert layer.lora_A["one"].std().item() == pytest.approx(1, abs=0.2)
+    assert layer.get_delta_weight("one").abs().max() == 0
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_released_branches_add_up_and_merge(name):
+    layer = released(name)
+    layer.update_layer("two", 4, lora_alpha=1, config=LoraConfig())
+    nn.init.normal_(layer.lora_B["two"])
+    layer._active_adapter = ["one", "two"]
+    x, weight = inputs(name), layer.get_base_layer().weight.clone()
+    both = layer(x)
+    layer.merge(safe_merge=True)
+    assert layer.merged_adapters == ["one", "two"]
+    torch.testing.assert_close(layer.get_base_layer()(x), both)
+    torch.testing.assert_close(layer(x), both)
+    layer.unmerge()
+    assert not layer.merged
+    torch.testing.assert_close(layer.get_base_layer().weight, weight)
+    torch.testing.assert_close(layer(x), both)
+    layer.merge(adapter_names=["two"])
+    torch.testing.assert_close(layer.get_base_layer().weight, weight + layer.get_delta_weight("two"))
+    layer.unmerge()
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        layer.unmerge()
+
+
+def test_merging_refuses_nan():
+    layer = released("3x3")
+    weight = layer.get_base_layer().weight.clone()
+    layer.lora_A["one"].data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        layer.merge(safe_merge=True)
+    assert torch.equal(layer.get_base_layer().weight, weight)
+
+
+@pytest.mark.parametrize("r", [1, 2, 8])
+@pytest.mark.parametrize("width", [1, 3, 5])
+def test_folding_undoes_unfolding_to_the_bit(width, r):
+    lora_a, lora_b = torch.randn(r * width, 6 * width), torch.randn(7 * width, r * width)
+    first, second = unfold_factors(lora_a, lora_b, width)
+    assert first.shape == (r * width**2, 6, width, width)
+    assert second.shape == (7, r * width**2, 1, 1)
+    again = fold_factors(first, second, width)
+    assert torch.equal(again[0], lora_a)
+    assert torch.equal(again[1], lora_b)
+
+
+@pytest.mark.parametrize("r", [1, 2, 8])
+@pytest.mark.parametrize("name", [name for name in LAYERS if "linear" not in name])
+def test_unfolded_factors_change_the_weight_alike_in_peft(name, r):
+    layer = released(name, r=r, dtype=torch.float32)
+    first, second = unfold_factors(layer.lora_A["one"], layer.lora_B["one"], layer.kernel_width)
+    rank = len(first)
+    stock = get_peft_model(
+        nn.Sequential(layer.get_base_layer()),
+        LoraConfig(r=rank, lora_alpha=layer.scaling["one"] * rank, target_modules=["0"]),
+    )
+    theirs = stock.base_model.model[0]
+    with torch.no_grad():
+        theirs.lora_A["default"].weight.copy_(first)
+        theirs.lora_B["default"].weight.copy_(second)
+    torch.testing.assert_close(theirs.get_delta_weight("default"), layer.get_delta_weight("one"), rtol=1e-6, atol=1e-6)
+    x = inputs(name, torch.float32)
+    torch.testing.assert_close(stock(x), layer(x), rtol=1e-5, atol=1e-5)
