@@ -59,11 +59,11 @@ class QuickstartSettings:
     """
 
     mode: str = "adapter"
-    epochs: int = 10
+    epochs: int = 8
     train_images: int = 1000
     batch_size: int = 32
     attack_steps: int = 5
-    test_images: int = 50
+    test_images: int = 40
     eps: float = 0.1
     seed: int = 0
 

@@ -331,7 +331,10 @@ def staged(directory: Path, last: str) -> Iterator[Path]:
     try:
         yield folder
         (directory / last).unlink(missing_ok=True)
+        umask = os.umask(0)
+        os.umask(umask)
         for file in sorted(folder.iterdir(), key=lambda path: path.name == last):
+            file.chmod(0o666 & ~umask)  # temporary files are private; saved ones follow the user's umask
             os.replace(file, directory / file.name)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -237,6 +237,7 @@ def test_attacks_leave_no_trace_in_the_data(tmp_path, monkeypatch):
 
     runs = [batches(), batches(attack_steps=3, eval_attack_steps=1)]
     natural = batches(objective="natural")
+    monkeypatch.setattr(AutoLoraTrainer, "_step_generator", lambda self, device: None)
     monkeypatch.setattr(AutoLoraTrainer, "_attack", lambda self, model, attack, pixels, *args: pixels)
     runs.append(batches())
     for run in runs:

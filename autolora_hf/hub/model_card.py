@@ -13,6 +13,7 @@ from jinja2 import Environment, StrictUndefined
 from ..evaluation import RobustnessReport
 from ..evaluation.report import write_atomically
 from ..modeling import AutoLoraModel
+from ..saving import base_tensors, robust_tensors
 
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
@@ -48,16 +49,18 @@ def write_model_card(
     folder = Path(folder)
     config = model.autolora_config
     own = next(iter(reports.values()), None)
+    named = model.backbone["name_or_path"] or model.backbone["architecture"]
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
     body = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        title=f"Robust {model.backbone['architecture']}" + (f" for {dataset}" if dataset else ""),
+        title=f"Robust {model.backbone['name_or_path'] or model.backbone['architecture']}"
+        + (f" for {dataset}" if dataset else ""),
         config=config,
         backbone=model.backbone,
         preprocessing=model.preprocessing,
         label_names=model.label_names,
         num_classes=model.num_classes,
         threat_model=model.threat_model,
-        parameters=sum(parameter.numel() for parameter in model.get_base_model().parameters()),
+        parameters=_backbone_parameters(model),
         adapter_parameters=_adapter_parameters(model),
         own=own,
         reports=dict(reports),
@@ -75,12 +78,16 @@ def write_model_card(
     return folder / CARD
 
 
+def _backbone_parameters(model: AutoLoraModel) -> int:
+    """Parameters of the backbone with its head, without branches and without the statistics of norms."""
+    parameters = {parameter.data_ptr() for parameter in model.get_base_model().parameters()}
+    return sum(tensor.numel() for tensor in base_tensors(model).values() if tensor.data_ptr() in parameters)
+
+
 def _adapter_parameters(model: AutoLoraModel) -> int:
     """Parameters of the published adapter: the robust branch, the head and the BatchNorm layers."""
     if model.autolora_config.mode == "full":
         return 0
-    from ..saving import robust_tensors
-
     return sum(tensor.numel() for tensor in robust_tensors(model).values())
 
 

@@ -1,0 +1,8 @@
+"""`python -m autolora_hf` is `autolora`."""
+
+import sys
+
+from .cli import main
+
+
+sys.exit(main())
