@@ -63,7 +63,7 @@ class QuickstartSettings:
     train_images: int = 1000
     batch_size: int = 32
     attack_steps: int = 5
-    test_images: int = 40
+    test_images: int = 32
     eps: float = 0.1
     seed: int = 0
 

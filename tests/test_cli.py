@@ -75,7 +75,8 @@ def test_errors_come_before_any_training(workplace, monkeypatch, capsys, options
 @pytest.mark.parametrize("mode", ["full", "adapter"])
 def test_train_then_evaluate(workplace, monkeypatch, capsys, mode):
     monkeypatch.chdir(workplace)
-    options = "--model backbone --train-data images/train --eps 4/255 --num_train_epochs 2 --attack_steps 2 --eval_attack_steps 2"
+    options = "--model backbone --train-data images/train --eps 4/255 --num_train_epochs 2 --attack_steps 2"
+    options += " --eval_attack_steps 2"
     assert main(["train", *options.split(), "--mode", mode, "--output_dir", mode, "--disable_tqdm", "true"]) == 0
     config = json.loads((workplace / mode / "autolora_config.json").read_text())
     assert config["label_names"] == ["blue", "green", "red"]

@@ -52,8 +52,7 @@ def write_model_card(
     named = model.backbone["name_or_path"] or model.backbone["architecture"]
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
     body = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        title=f"Robust {model.backbone['name_or_path'] or model.backbone['architecture']}"
-        + (f" for {dataset}" if dataset else ""),
+        title=" for ".join(filter(None, [f"Robust {named}", dataset])),
         config=config,
         backbone=model.backbone,
         preprocessing=model.preprocessing,
