@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .attacks.pgd import logits_of
-from .pixels import Normalize
 from .routes import ROBUST
 
 
@@ -46,7 +45,7 @@ class FrozenRoute(nn.Module):
                     self._sources[name] = [live.modules_to_save[ROBUST], None, []]
             for name, _ in self.network.named_modules():
                 self._sources.setdefault(name, [base.get_submodule(name), None, []])
-        self.normalize = Normalize(model.preprocessing).to(device)
+        self.normalize = model.pixel_space(route).normalize
         self.requires_grad_(False).eval()
         # The live norms that are folded, by the name of the convolution; a plain dictionary, for the same reason.
         self._norms: dict[str, nn.Module] = {}

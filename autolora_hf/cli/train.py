@@ -64,8 +64,6 @@ COMMON = (
     "gradient_accumulation_steps",
     "dataloader_num_workers",
     "report_to",
-    "push_to_hub",
-    "hub_model_id",
     "use_cpu",
 )
 # Options the schedule and the collator rely on: there is no other sensible value.
