@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from dataclasses import asdict, dataclass, field
+from fractions import Fraction
 from typing import Any, Literal
 
 from peft import LoraConfig
@@ -14,6 +16,24 @@ Norm = Literal["linf", "l2"]
 # Fields of `AutoLoraConfig` that stock PEFT does not know. They live in `autolora_config.json`, so that
 # `adapter_config.json` stays a plain LoRA configuration.
 AUTOLORA_FIELDS = ("mode", "layout", "norm", "head")
+
+
+class PixelRadius(float):
+    """A float that also reads `"8/255"`, as one writes it on a command line."""
+
+    def __new__(cls, value: Any) -> PixelRadius:
+        try:
+            return super().__new__(cls, Fraction(value) if isinstance(value, str) else value)
+        except (ValueError, ZeroDivisionError) as error:
+            raise ValueError(f"A radius must be a number such as 0.03 or 8/255, got {value!r}.") from error
+
+
+def radius_argument(text: str) -> PixelRadius:
+    """[`PixelRadius`] as a type of `argparse`, which shows the message of an error of its own kind only."""
+    try:
+        return PixelRadius(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 @dataclass(frozen=True)

@@ -208,6 +208,19 @@ class AutoLoraModel(PeftModel):
             "`with model.route('natural'): ...` or `load_autolora_model(..., route='natural')`."
         )
 
+    def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False) -> nn.Module:
+        """The deployed robust model as a plain module: in mode `full` the backbone itself, without the natural branch;
+        in mode `adapter` the backbone with the robust adapter merged. This model is used up."""
+        if self.autolora_config.mode == "full":
+            return self.base_model.unload()
+        return self.base_model.merge_and_unload(progressbar, safe_merge=safe_merge, adapter_names=[ROBUST])
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(
+            "Merging in place would break the two routes of an AutoLoraModel. Use `merge_and_unload()` for a plain "
+            "robust model."
+        )
+
     # ---- saving ----
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
@@ -280,6 +293,8 @@ def get_autolora_model(
     Raises:
         ValueError: If the architecture cannot have two exact routes; the message names the layers and what to pass.
     """
+    if config is not None and not isinstance(config, AutoLoraConfig):
+        raise TypeError(f"`config` must be an AutoLoraConfig, got {type(config).__name__}.")
     name = model if isinstance(model, str) else None
     if name is not None:
         model = backbones.load_backbone(name, num_classes, revision=revision, token=token)
@@ -303,7 +318,8 @@ def get_autolora_model(
         with attack_mode(model):
             config.head = targets.resolve_head(model, example)
     else:
-        targets.check_head(model, config.head)
+        with attack_mode(model):
+            targets.check_head(model, config.head, example)
     if config.target_modules is None:
         config.target_modules = targets.resolve_targets(model, config.head)
     elif config.target_modules == "all-linear":
@@ -355,7 +371,8 @@ def load_autolora_model(
         revision (`str`, *optional*), token (*optional*): For a Hub repository.
 
     Raises:
-        ValueError: If files are missing, damaged or belong to another model; nothing partial is loaded.
+        FileNotFoundError: If there is no such folder or files are missing.
+        ValueError: If files are damaged or belong to another model; nothing partial is loaded.
     """
     directory = saving.resolve_directory(name_or_path, revision=revision, token=token)
     record = saving.read_record(directory)

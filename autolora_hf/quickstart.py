@@ -40,7 +40,16 @@ from .training import AutoLoraTrainer, AutoLoraTrainingArguments
 
 TEST_SIZE = 1000
 EXAMPLES, CURVES, REPORT = "adversarial_examples.png", "training_curves.png", "robustness_report.json"
-BASELINE_REPORT, UNTRAINED_REPORT = "natural_fine_tuning_report.json", "untrained_head_report.json"
+# Row titles of the reports and the files they are saved in.
+OWN, NATURAL, UNTRAINED = "AutoLoRa (this model)", "natural fine-tuning", "before training, new head"
+PGD_SUFFIX = ", all test digits, PGD-20"
+FILES = {
+    OWN: REPORT,
+    NATURAL: "natural_fine_tuning_report.json",
+    OWN + PGD_SUFFIX: "robustness_report_pgd.json",
+    NATURAL + PGD_SUFFIX: "natural_fine_tuning_report_pgd.json",
+    UNTRAINED + PGD_SUFFIX: "untrained_head_report_pgd.json",
+}
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,9 @@ class QuickstartSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        ThreatModel("linf", self.eps)
+        if min(self.epochs, self.batch_size, self.attack_steps) < 1:
+            raise ValueError("`epochs`, `batch_size` and `attack_steps` must be at least 1.")
         if not 100 <= self.train_images <= 4000:
             raise ValueError(f"`train_images` must be between 100 and 4000, got {self.train_images}.")
         if not 10 <= self.test_images <= TEST_SIZE:
@@ -100,25 +112,23 @@ def run_quickstart(output_dir: str | os.PathLike, settings: QuickstartSettings |
         robust = _train("autolora", settings, Path(folder) / "run")
         robust.model.eval()
         seconds["AutoLoRa"] = time.time() - started
-        before, natural, seconds["natural fine-tuning, measured, meanwhile"] = baseline.result()
+        baselines, seconds["natural fine-tuning, measured, meanwhile"] = baseline.result()
 
         started = time.time()
         robust.model.save_pretrained(Path(folder) / "model")
         indices = stratified_subset(test["label"], settings.test_images, settings.seed)
         half = second.submit(_measure_saved, Path(folder) / "model", indices[1::2], settings.seed)
         own = robust.evaluate_robustness(test, sample_indices=indices[::2], seed=settings.seed)
+        all_digits = robust.evaluate_robustness(test, _pgd(settings), seed=settings.seed)
         own = RobustnessReport.merged([own, half.result()])
         seconds["AutoAttack"] = time.time() - started
-    reports = {
-        "AutoLoRa (this model)": own,
-        "natural fine-tuning of the same backbone": natural,
-        "the backbone before training, new head": before,
-    }
+    measured = {OWN: own, OWN + PGD_SUFFIX: all_digits, **baselines}
+    reports = {name: measured[name] for name in FILES}
 
     started = time.time()
     robust.model.save_pretrained(output_dir)
-    for name, report in zip((REPORT, BASELINE_REPORT, UNTRAINED_REPORT), reports.values(), strict=True):
-        report.save(output_dir / name)
+    for name, report in reports.items():
+        report.save(output_dir / FILES[name])
     _draw_examples(robust.model, test, own, output_dir / EXAMPLES)
     training_curves_figure(robust.state.log_history, output_dir / CURVES)
     (output_dir / "log_history.json").write_text(json.dumps(robust.state.log_history, indent=1) + "\n")
@@ -181,16 +191,24 @@ def _train(objective: str, settings: QuickstartSettings, folder: Path, quiet: bo
     return trainer
 
 
-def _measure_baselines(settings: QuickstartSettings) -> tuple[RobustnessReport, RobustnessReport, float]:
+def _pgd(settings: QuickstartSettings) -> PGD:
+    return PGD(ThreatModel("linf", settings.eps), steps=20)
+
+
+def _measure_baselines(settings: QuickstartSettings) -> tuple[dict[str, RobustnessReport], float]:
     """The backbone with a new head, before and after natural fine-tuning; runs in the second process."""
     started = time.time()
     test, options = load_digits()["test"], {"seed": settings.seed, "progress": False}
     indices = stratified_subset(test["label"], settings.test_images, settings.seed)
-    before = evaluate_robustness(_fresh_model(settings).eval(), test, sample_indices=indices, **options)
+    before = evaluate_robustness(_fresh_model(settings).eval(), test, attack=_pgd(settings), **options)
     with tempfile.TemporaryDirectory() as folder:
         trainer = _train("natural", settings, Path(folder), quiet=True)
-    natural = trainer.evaluate_robustness(test, sample_indices=indices, **options)
-    return before, natural, time.time() - started
+    reports = {
+        UNTRAINED + PGD_SUFFIX: before,
+        NATURAL: trainer.evaluate_robustness(test, sample_indices=indices, **options),
+        NATURAL + PGD_SUFFIX: trainer.evaluate_robustness(test, _pgd(settings), **options),
+    }
+    return reports, time.time() - started
 
 
 def _measure_saved(folder: Path, indices: list[int], seed: int) -> RobustnessReport:

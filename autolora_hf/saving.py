@@ -116,6 +116,7 @@ def save(model: AutoLoraModel, directory: str | os.PathLike) -> None:
     directory = Path(directory)
     if directory.is_file():
         raise ValueError(f"`save_directory` must be a folder, but {directory} is a file.")
+    other = _files_of_another_mode(directory, model.autolora_config.mode)
     with staged(directory, last=RECORD) as folder:
         _save_tensors(natural_tensors(model), folder / NATURAL_WEIGHTS)
         if model.autolora_config.mode == "full":
@@ -123,6 +124,19 @@ def save(model: AutoLoraModel, directory: str | os.PathLike) -> None:
         else:
             _save_adapter(model, folder)
         write_json(_record(model), folder / RECORD)
+    for file in other:
+        # A stock loader would take them for the model.
+        file.unlink(missing_ok=True)
+
+
+def _files_of_another_mode(directory: Path, mode: str) -> list[Path]:
+    """Weights that an earlier save in the other mode left in this folder; never files that others wrote."""
+    try:
+        earlier = backbones.read_json(directory / RECORD)["config"]["mode"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    names = {"full": (BASE_WEIGHTS, BASE_CONFIG), "adapter": (ADAPTER_WEIGHTS, ADAPTER_CONFIG)}
+    return [] if earlier == mode else [directory / name for name in names.get(earlier, ())]
 
 
 def _save_base(model: AutoLoraModel, folder: Path) -> None:

@@ -55,10 +55,14 @@ def resolve_head(model: nn.Module, example: Tensor) -> str:
     heads = [name for name, output in outputs.items() if output is logits]
     if len(heads) == 1:
         return heads[0]
-    candidates = [name for name, module in linears.items() if module.out_features == logits.shape[-1]]
+    candidates = [
+        name
+        for name, module in model.named_modules()
+        if logits.shape[-1] in (getattr(module, "out_features", None), getattr(module, "out_channels", None))
+    ]
     raise ValueError(
         f"Could not find the classification layer of {type(model).__name__}: no single linear layer returns the "
-        f"{logits.shape[-1]} logits. Linear layers with that many outputs: {candidates or 'none'}. Pass its name as "
+        f"{logits.shape[-1]} logits. Layers with that many outputs: {_listed(candidates)}. Pass its name as "
         "`AutoLoraConfig(head=...)`, or create the model with a classifier (`num_classes` > 0)."
     )
 
@@ -141,12 +145,30 @@ def refuse_unsupported(model: nn.Module) -> None:
         )
 
 
-def check_head(model: nn.Module, head: str) -> None:
-    """Raises `ValueError` unless `head` is the name of a linear layer or a convolution."""
+def check_head(model: nn.Module, head: str, example: Tensor) -> None:
+    """Raises `ValueError` unless `head` is a linear layer or a convolution whose output is the logits.
+
+    Args:
+        model (`nn.Module`): A timm or transformers image classifier.
+        head (`str`): The name to check.
+        example (`Tensor`): One normalised image, 1 x 3 x H x W.
+    """
     module = dict(model.named_modules()).get(head)
     if not isinstance(module, (nn.Linear, nn.Conv2d)):
         problem = "not a layer" if module is None else f"a {type(module).__name__} and not the classification layer"
         raise ValueError(f"`head={head!r}` is {problem} of {type(model).__name__}.")
+    outputs: list[Tensor] = []
+    hook = module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+    try:
+        with torch.no_grad():
+            logits = logits_of_base(model, example)
+    finally:
+        hook.remove()
+    if not any(output.numel() == logits.numel() and torch.equal(output.view_as(logits), logits) for output in outputs):
+        raise ValueError(
+            f"`head={head!r}` is not the classification layer of {type(model).__name__}: its output is not the "
+            "logits. A model whose logits are combined of several heads is not supported yet."
+        )
 
 
 def check_requested(model: nn.Module, requested: str | Iterable[str], head: str) -> None:

@@ -524,3 +524,30 @@ def test_unfolded_factors_change_the_weight_alike_in_peft(name, r):
     torch.testing.assert_close(theirs.get_delta_weight("default"), layer.get_delta_weight("one"), rtol=1e-6, atol=1e-6)
     x = inputs(name, torch.float32)
     torch.testing.assert_close(stock(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["released", "peft"])
+@pytest.mark.parametrize("mode", ["full", "adapter"])
+@pytest.mark.parametrize("name", MODELS)
+def test_merge_and_unload_gives_the_deployed_model(name, mode, layout):
+    model = MODELS[name].adapted(mode=mode, layout=layout)
+    change_everything(model)
+    images = model.pixel_space().normalize(pixels())
+    with torch.no_grad():
+        robust = logits_of(model(images))
+        with model.route("natural"):
+            assert not torch.allclose(logits_of(model(images)), robust, atol=1e-3)
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(logits_of(merged(images)), robust, rtol=1e-4, atol=1e-4)
+    assert not any(isinstance(module, LoraLayer) for module in merged.modules())
+
+
+def test_head_must_give_the_logits():
+    tiny = MODELS["timm_vit"]
+    with pytest.raises(ValueError, match="its output is not the logits"):
+        get_autolora_model(tiny.fresh(), AutoLoraConfig(head="blocks.0.mlp.fc1"), preprocessing=tiny.preprocessing)
+
+
+def test_stock_config_is_refused():
+    with pytest.raises(TypeError, match="must be an AutoLoraConfig, got LoraConfig"):
+        get_autolora_model(MODELS["timm_vit"].fresh(), LoraConfig())

@@ -43,10 +43,11 @@ def test_settings_out_of_range(settings):
 def test_whole_journey_in_small(tmp_path):
     settings = QuickstartSettings(epochs=2, train_images=100, test_images=10)
     result = run_quickstart(tmp_path / "run", settings)
-    own, natural, before = result["reports"].values()
-    assert own.protocol == natural.protocol == before.protocol == "autoattack"
-    assert own.sample_indices == natural.sample_indices == before.sample_indices
+    own, natural, *on_all_digits = result["reports"].values()
+    assert own.protocol == natural.protocol == "autoattack"
+    assert own.sample_indices == natural.sample_indices
     assert len(own.sample_indices) == 10
+    assert [(report.protocol, len(report.sample_indices)) for report in on_all_digits] == [("custom", 1000)] * 3
 
     folder = tmp_path / "run"
     model = load_autolora_model(folder)

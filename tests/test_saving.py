@@ -559,3 +559,15 @@ def test_a_copied_folder_is_complete(saved, tmp_path):
         else MODELS["hf_vit" if hasattr(model.get_base_model(), "config") else "timm_resnet"].fresh(),
     )
     assert same(logits(other), logits(model))
+
+
+def test_saving_another_mode_takes_the_old_weights_away(tmp_path):
+    tiny = MODELS["timm_resnet"]
+    (tmp_path / "notes.txt").write_text("mine")
+    tiny.adapted(mode="full").save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
+    tiny.adapted(mode="adapter").save_pretrained(tmp_path)
+    assert not (tmp_path / "model.safetensors").exists() and not (tmp_path / "config.json").exists()
+    tiny.adapted(mode="full").save_pretrained(tmp_path)
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+    assert (tmp_path / "notes.txt").read_text() == "mine"

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from autolora_hf.config import ThreatModel
+from autolora_hf.config import PixelRadius, ThreatModel
 
 
 @pytest.mark.parametrize(
@@ -66,3 +66,13 @@ def test_round_trip_and_immutability():
     assert ThreatModel(**threat_model.to_dict()) == threat_model
     with pytest.raises(dataclasses.FrozenInstanceError):
         threat_model.eps = 1.0
+
+
+@pytest.mark.parametrize("text", ["8/0", "abc", ""])
+def test_radius_text_that_is_no_number(text):
+    with pytest.raises(ValueError, match="must be a number such as"):
+        PixelRadius(text)
+
+
+def test_radius_reads_fractions():
+    assert PixelRadius("8/255") == 8 / 255 and PixelRadius(0.5) == 0.5

@@ -19,13 +19,14 @@ def show_progress() -> None:
 
 
 def summary_table(reports: Mapping[str, RobustnessReport]) -> str:
-    """One row a model: natural and robust accuracy with their intervals, in per cent."""
+    """One row a report: natural and robust accuracy with their intervals, in per cent."""
     width = max(map(len, reports))
-    lines = [f"{'':<{width}}  {'natural accuracy':>24}  {'robust accuracy':>24}"]
+    lines = [f"{'':<{width}}  {'images':>6}  {'natural accuracy':>22}  {'robust accuracy':>22}"]
     for name, report in reports.items():
         cells = (
             f"{100 * accuracy.value:.1f} [{100 * accuracy.low:.1f}, {100 * accuracy.high:.1f}]"
             for accuracy in (report.natural, report.robust)
         )
-        lines.append(f"{name:<{width}}  " + "  ".join(f"{cell:>24}" for cell in cells))
+        count = len(report.sample_indices)
+        lines.append(f"{name:<{width}}  {count:>6}  " + "  ".join(f"{cell:>22}" for cell in cells))
     return "\n".join(lines)

@@ -6,11 +6,10 @@ import argparse
 import dataclasses
 
 from ..attacks import PGD
-from ..config import ThreatModel
+from ..config import ThreatModel, radius_argument
 from ..data import as_pixel_dataset, check_class_names
 from ..evaluation import evaluate_robustness
 from ..modeling import load_autolora_model
-from ..training.arguments import PixelRadius
 from .data import open_data
 from .display import show_progress
 
@@ -29,7 +28,7 @@ def run(argv: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=50, help="steps of --attack pgd")
     parser.add_argument("--restarts", type=int, default=1, help="restarts of --attack pgd")
     parser.add_argument("--norm", choices=["linf", "l2"], help="norm of the threat model; as trained when left out")
-    parser.add_argument("--eps", type=PixelRadius, help="radius, e.g. 8/255; as trained when left out")
+    parser.add_argument("--eps", type=radius_argument, help="radius, e.g. 8/255; as trained when left out")
     parser.add_argument("--route", choices=["robust", "natural"], default="robust", help="route to measure")
     parser.add_argument("--samples", type=int, default=1000, help="images to use, chosen by seed and class")
     parser.add_argument("--batch-size", type=int, default=128, help="images at a time")

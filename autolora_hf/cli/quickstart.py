@@ -7,6 +7,7 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
+from ..config import radius_argument
 from ..quickstart import CURVES, EXAMPLES, QuickstartSettings, run_quickstart
 from .display import show_progress, summary_table
 
@@ -29,7 +30,7 @@ def run(argv: list[str]) -> None:
     parser.add_argument("--batch-size", type=int, default=defaults.batch_size, help="batch size of both trainings")
     parser.add_argument("--attack-steps", type=int, default=defaults.attack_steps, help="PGD steps in training")
     parser.add_argument("--test-images", type=int, default=defaults.test_images, help="test digits, up to 1000")
-    parser.add_argument("--eps", type=float, default=defaults.eps, help="Linf radius in [0, 1] pixels")
+    parser.add_argument("--eps", type=radius_argument, default=defaults.eps, help="Linf radius in [0, 1] pixels")
     parser.add_argument("--seed", type=int, default=defaults.seed, help="seed of everything")
     options = vars(parser.parse_args(argv))
     folder = Path(options.pop("output_dir"))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from transformers import HfArgumentParser, TrainingArguments
 
-from ..config import AutoLoraConfig
+from ..config import AutoLoraConfig, PixelRadius, radius_argument
 from ..data import as_pixel_dataset, check_class_names, same_data
 from ..evaluation import training_curves_figure
 from ..hub import write_model_card
@@ -82,6 +83,9 @@ def build_parser(show_all: bool = False) -> HfArgumentParser:
         ),
     )
     parser.add_argument("--help-all", action="store_true", help="list every option and exit")
+    for action in parser._actions:
+        if action.type is PixelRadius:
+            action.type = radius_argument
     if not show_all:
         shown = {*AutoLoraTrainingArguments.__annotations__, *COMMON} - set(FIXED)
         inherited = {entry.name for entry in fields(TrainingArguments)} - shown
@@ -136,11 +140,17 @@ def run(argv: list[str]) -> None:
         model,
         reports,
         plan=trainer.plan,
-        dataset=Path(data.train_data).name,
-        command=f"autolora train {' '.join(argv)}",
+        dataset=_data_name(data.train_data),
+        command=f"autolora train {shlex.join(argv)}",
         figures={"The training: validation accuracies, loss scalars, learning rate": CURVES},
     )
     print(f"\nSaved in {folder}/: the model, its card (README.md) and {CURVES}.")
+
+
+def _data_name(source: str) -> str:
+    """What the card calls the data: the folder's name, or its parent's if it is named like a split."""
+    path = Path(source)
+    return path.resolve().parent.name if path.name in ("train", "training") and path.is_dir() else path.name
 
 
 def _number_of_classes(train: object, columns: dict[str, str | None]) -> int:

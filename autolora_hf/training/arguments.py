@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from fractions import Fraction
-from typing import Any
 
 import torch
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from ..attacks import PGD
-from ..config import ThreatModel
+from ..config import PixelRadius, ThreatModel
 from ..objectives import OBJECTIVES
-
-
-class PixelRadius(float):
-    """A float that also reads `"8/255"`, as one writes it on a command line."""
-
-    def __new__(cls, value: Any) -> PixelRadius:
-        return super().__new__(cls, Fraction(value) if isinstance(value, str) else value)
 
 
 @dataclass
@@ -106,6 +97,14 @@ class AutoLoraTrainingArguments(TrainingArguments):
             raise ValueError(f"`augmentation` must be 'none', 'crop' or 'crop-flip', got {self.augmentation!r}.")
         if self.halving_rule not in ("paper", "released"):
             raise ValueError(f"`halving_rule` must be 'paper' or 'released', got {self.halving_rule!r}.")
+        if self.scalar_alpha <= 0 or self.scalar_lambda2_max < 0:
+            raise ValueError(
+                f"`scalar_alpha` must be positive and `scalar_lambda2_max` not negative, got {self.scalar_alpha} and "
+                f"{self.scalar_lambda2_max}."
+            )
+        for name in ("learning_rate", "halving_interval"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
         if self.num_train_epochs is not None and self.num_train_epochs < 1:
             raise ValueError(f"`num_train_epochs` must be at least 1, got {self.num_train_epochs}.")
         if not 0 < self.validation_fraction < 1:
@@ -125,6 +124,11 @@ class AutoLoraTrainingArguments(TrainingArguments):
         if self.attack_step_size is not None:
             self.attack_step_size = PixelRadius(self.attack_step_size)
         self.training_attack()
+        metrics = ("robust_accuracy", "natural_accuracy", "natural_route_accuracy", "loss")
+        if self.metric_for_best_model not in (None, *metrics, *(f"eval_{metric}" for metric in metrics)):
+            raise ValueError(
+                f"`metric_for_best_model` must be one of {', '.join(metrics)}, got {self.metric_for_best_model!r}."
+            )
         if self.metric_for_best_model is None:
             self.metric_for_best_model = f"eval_{OBJECTIVES[self.objective].selection_metric}"
             self.greater_is_better = True

@@ -96,6 +96,13 @@ class AutoLoraTrainer(Trainer):
         self._micro_step = (-1, 0)
         self._eval_generator: torch.Generator | None = None
         self._frozen: FrozenRoute | None = None
+        if len(validation) < 50:
+            logger.warning(
+                "Only %d validation images: robust accuracy moves in steps of %.0f points, and it decides about the "
+                "learning rate and the best weights. Pass an `eval_dataset` or raise `validation_fraction`.",
+                len(validation),
+                100 / len(validation),
+            )
         if args.should_save:
             write_json(self.plan, Path(args.output_dir) / PLAN)
         logger.info("Training plan: %s", ", ".join(f"{key} {value}" for key, value in self.plan.items()))
