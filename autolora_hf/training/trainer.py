@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, ProgressCallback, Trainer, TrainerCallback
 
 from ..attacks.pgd import PGD, attack_mode, logits_of
+from ..config import ThreatModel
 from ..data import as_pixel_dataset, check_class_names, check_labels, collate, same_data, stratified_split
 from ..evaluation import RobustnessReport, evaluate_robustness
 from ..frozen import FrozenRoute
@@ -71,6 +72,12 @@ class AutoLoraTrainer(Trainer):
             )
         if not isinstance(model, AutoLoraModel):
             model = get_autolora_model(model)
+        if model.threat_model not in (ThreatModel(), args.threat_model):
+            logger.warning(
+                "The model's threat model (%s) gives way to that of the training arguments (%s).",
+                model.threat_model,
+                args.threat_model,
+            )
         model.threat_model = args.threat_model
         args.resolve_optimizer(model.autolora_config.mode)
         self.objective = OBJECTIVES[args.objective]()
