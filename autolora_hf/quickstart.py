@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
-import json
 import os
 import tempfile
 import time
@@ -35,6 +34,7 @@ from .evaluation import (
 )
 from .hub import write_model_card
 from .modeling import AutoLoraModel, get_autolora_model, load_autolora_model
+from .saving import write_json
 from .training import AutoLoraTrainer, AutoLoraTrainingArguments
 
 
@@ -131,7 +131,7 @@ def run_quickstart(output_dir: str | os.PathLike, settings: QuickstartSettings |
         report.save(output_dir / FILES[name])
     _draw_examples(robust.model, test, own, output_dir / EXAMPLES)
     training_curves_figure(robust.state.log_history, output_dir / CURVES)
-    (output_dir / "log_history.json").write_text(json.dumps(robust.state.log_history, indent=1) + "\n")
+    write_json(robust.state.log_history, output_dir / "log_history.json")
     options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(settings).items())
     write_model_card(
         output_dir,

@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -354,11 +355,24 @@ def staged(directory: Path, last: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_json(content: Any, path: Path) -> None:
-    """Writes JSON through a temporary file, so that `path` is whole or untouched."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
+    """Writes `content` to `path`, creating its folder; a reader sees the old file or the new one, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(content: Any, path: str | os.PathLike) -> None:
+    """[`write_atomically`] of `content` as JSON."""
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

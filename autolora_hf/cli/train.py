@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..config import AutoLoraConfig, PixelRadius, radius_argument
-from ..data import as_pixel_dataset, check_class_names, same_data
+from ..data import as_pixel_dataset
 from ..evaluation import training_curves_figure
 from ..hub import write_model_card
 from ..modeling import get_autolora_model
@@ -119,11 +119,7 @@ def run(argv: list[str]) -> None:
     model = get_autolora_model(model_args.model, config, num_classes=_number_of_classes(train, columns))
     trainer = AutoLoraTrainer(model, args, train_dataset=train, eval_dataset=validation)
     if test is not None:
-        test = as_pixel_dataset(test, model.preprocessing, name="test data", **columns)
-        for name, seen in (("training", trainer.train_dataset), ("validation", trainer.eval_dataset)):
-            if same_data(test, seen):
-                raise ValueError(f"--test-data shares images with the {name} data. Give test data of their own.")
-        check_class_names(trainer.train_dataset.class_names, test.class_names, "--test-data")
+        test = trainer.prepare_test_data(test)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
 
     folder = Path(args.output_dir)

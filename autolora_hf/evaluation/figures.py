@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..attacks import attack_mode
 from ..pixels import check_pixels
-from .report import write_atomically
+from ..saving import write_atomically
 from .robustness import AttackView
 
 

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import textwrap
-import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Literal
 from scipy.stats import binomtest
 
 from ..config import ThreatModel
+from ..saving import write_atomically
 
 
 Protocol = Literal["autoattack", "autoattack-reduced", "custom"]
@@ -300,21 +300,6 @@ def standard_warnings(report: RobustnessReport) -> list[str]:
             "gradient masking suspected, the true robust accuracy may be lower."
         )
     return found
-
-
-def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Writes `content` to `path`, creating its folder; a reader sees the old file or the new one, never a part."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _percent(share: float) -> str:

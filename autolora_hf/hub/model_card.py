@@ -11,9 +11,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
 from ..evaluation import RobustnessReport
-from ..evaluation.report import write_atomically
 from ..modeling import AutoLoraModel
-from ..saving import base_tensors, robust_tensors
+from ..saving import base_tensors, robust_tensors, write_atomically
 
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")

@@ -16,14 +16,22 @@ from transformers import EvalPrediction, ProgressCallback, Trainer, TrainerCallb
 
 from ..attacks.pgd import PGD, attack_mode, logits_of
 from ..config import ThreatModel
-from ..data import as_pixel_dataset, check_class_names, check_labels, collate, same_data, stratified_split
+from ..data import (
+    PixelDataset,
+    as_pixel_dataset,
+    check_class_names,
+    check_labels,
+    collate,
+    same_data,
+    stratified_split,
+)
 from ..evaluation import RobustnessReport, evaluate_robustness
 from ..frozen import FrozenRoute
 from ..modeling import AutoLoraModel, get_autolora_model
 from ..objectives import OBJECTIVES, Batch
 from ..pixels import Normalize
 from ..routes import NATURAL, ROBUST
-from ..saving import write_json
+from ..saving import write_atomically, write_json
 from ..schedules import PlateauHalving, default_checkpoints, default_epochs
 from .arguments import AutoLoraTrainingArguments
 from .progress import EpochTableCallback
@@ -307,11 +315,11 @@ class AutoLoraTrainer(Trainer):
                 hits, total = hits + hit.sum().item(), total + len(hit)
         return hits / total
 
-    def evaluate_robustness(self, dataset: Any, attack: Any = "autoattack", **kwargs: Any) -> RobustnessReport:
-        """[`evaluate_robustness`] of the deployed route on test data, under the threat model of the training.
+    def prepare_test_data(self, dataset: Any) -> PixelDataset:
+        """Test data as the model wants them, checked against what training saw.
 
         Raises:
-            ValueError: If `dataset` shares images with the training or validation data.
+            ValueError: If `dataset` shares images with the training or validation data, or has other classes.
         """
         columns = {"image_column": self.args.image_column, "label_column": self.args.label_column}
         test = as_pixel_dataset(dataset, self.model.preprocessing, name="dataset", **columns)
@@ -323,6 +331,15 @@ class AutoLoraTrainer(Trainer):
                     "about new images. Pass test data that was not used in training."
                 )
         check_class_names(self.train_dataset.class_names, test.class_names, "dataset")
+        return test
+
+    def evaluate_robustness(self, dataset: Any, attack: Any = "autoattack", **kwargs: Any) -> RobustnessReport:
+        """[`evaluate_robustness`] of the deployed route on test data, under the threat model of the training.
+
+        Raises:
+            ValueError: If `dataset` shares images with the training or validation data.
+        """
+        test = self.prepare_test_data(dataset)
         report = evaluate_robustness(self.model, test, self.args.threat_model, attack, **kwargs)
         self.reports.append(report)
         return report
@@ -342,7 +359,7 @@ class AutoLoraTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         if self.args.should_save:
             self.model.save_pretrained(folder)
-            (folder / "training_args.json").write_text(self.args.to_json_string() + "\n", encoding="utf-8")
+            write_atomically(folder / "training_args.json", (self.args.to_json_string() + "\n").encode())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.model.load_weights(resume_from_checkpoint)
