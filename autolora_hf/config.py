@@ -103,11 +103,15 @@ class AutoLoraConfig(LoraConfig):
         norm (`str`): What the two routes share of BatchNorm layers. `"shared"` (the paper): everything.
             `"robust_stats"`: the natural route normalises with batch statistics but leaves the running ones alone.
             `"dual"`: one set for each route; the natural set keeps its affine parameters.
-        head (`str`, *optional*): Name of the classification layer. `None`: found by following the logits.
+        head (`str` or `list[str]`, *optional*): Name of the classification layer, or of several (distilled models).
+            `None`: found by following the logits backwards.
         lora_alpha (`int`, *optional*): Scale of the branch is `lora_alpha / r`. `None`: 1 in mode `full` (the paper);
             `2 r` in mode `adapter`, where the branch has to carry the whole change of the backbone.
-        target_modules (`list[str]`, *optional*): Names of the layers that get a branch. `None`: every convolution and
-            linear layer inside the repeated blocks; never the stem or the head (as in the paper).
+        target_modules (`str` or `list[str]`, *optional*): Names of the layers that get a branch. `"all"`: every
+            convolution and linear layer inside the repeated blocks; never the stem or the head (as in the paper).
+            `None`: the same in mode `full`; in mode `adapter` those among them for which PEFT has an exact LoRA layer
+            (all but grouped, dilated and weight-standardised convolutions and weights that are used past their layer),
+            so that the adapter loads without this package, unless they hold less than half of the weights.
     """
 
     mode: Literal["full", "adapter"] = field(
@@ -119,8 +123,8 @@ class AutoLoraConfig(LoraConfig):
     norm: Literal["shared", "robust_stats", "dual"] = field(
         default="shared", metadata={"help": "What the two routes share of BatchNorm: shared, robust_stats or dual."}
     )
-    head: str | None = field(
-        default=None, metadata={"help": "Name of the classification layer; found by itself when left out."}
+    head: str | list[str] | None = field(
+        default=None, metadata={"help": "Name of the classification layer(s); found by itself when left out."}
     )
     lora_alpha: int | None = field(default=None, metadata={"help": "Scale of the branch is lora_alpha / r."})
 
@@ -167,6 +171,11 @@ class AutoLoraConfig(LoraConfig):
                 f"`lora_dropout={self.lora_dropout}` needs `layout='peft'`: the released layout is a change of the "
                 "weight, which has no input of its own to drop from."
             )
+
+    @property
+    def heads(self) -> list[str]:
+        """Names of the classification layers, once they are resolved."""
+        return [self.head] if isinstance(self.head, str) else list(self.head or ())
 
     def lora_config(self, **changes: Any) -> LoraConfig:
         """A stock `LoraConfig` of one branch: this configuration without the AutoLoRa fields, with `changes`."""

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import backbones, saving, targets
 from .attacks.pgd import attack_mode, logits_of
 from .config import AutoLoraConfig, ThreatModel
-from .layers import ReleasedLora
+from .layers import WeightLora
 from .pixels import Normalize, Preprocessing
 from .routes import NATURAL, ROBUST, Route, RouteSwitch
 
@@ -44,31 +44,42 @@ class AutoLoraModel(PeftModel):
         *,
         preprocessing: Preprocessing,
         backbone: dict[str, Any],
+        stock_layers: frozenset[str] = frozenset(),
         label_names: list[str] | None = None,
         threat_model: ThreatModel | None = None,
     ) -> None:
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         norms = list(targets.statistics_norms(model))
         self._check_norm_mode(config, norms)
-        saved = [config.head, *norms] if config.mode == "adapter" else None
-        self._check_suffixes(model, saved or [])
+        self._check_dropout(config, stock_layers)
 
-        def branch(**changes: Any) -> Any:
-            lora = config.lora_config(**changes)
-            if config.layout == "released":
-                lora._register_custom_module({nn.Conv2d: ReleasedLora, nn.Linear: ReleasedLora})
+        def layer(target: nn.Module, adapter_name: str, *, target_name: str, **kwargs: Any) -> WeightLora | None:
+            # `None`: PEFT's own layer.
+            if config.layout == "peft" and target_name in stock_layers:
+                return None
+            return WeightLora(target, adapter_name, layout=config.layout, **kwargs)
+
+        def branch(**changes: Any) -> LoraConfig:
+            lora = config.lora_config(target_modules=targets.exactly(config.target_modules), **changes)
+            lora._register_custom_module({nn.Module: layer})
             return lora
 
         if config.mode == "full":
             super().__init__(model, branch(), adapter_name=NATURAL)
         else:
-            super().__init__(model, branch(modules_to_save=saved), adapter_name=ROBUST)
+            super().__init__(model, branch(), adapter_name=ROBUST)
             self.add_adapter(NATURAL, branch())
+            # As PEFT does for `modules_to_save`, which however matches the ends of names and can catch other layers.
+            for name in [*config.heads, *norms]:
+                wrapper = ModulesToSaveWrapper(model.get_submodule(name), ROBUST)
+                wrapper.set_adapter(ROBUST)
+                model.set_submodule(name, wrapper)
         self.autolora_config = config
         self.preprocessing = preprocessing
         self.threat_model = threat_model or ThreatModel()
         self.label_names = label_names
         self.backbone = backbone
+        self.stock_layers = stock_layers
         self.num_classes = backbones.num_classes_of(model)
         self.natural_norms = nn.ModuleDict()
         self._restore_trainable(trainable)
@@ -83,14 +94,14 @@ class AutoLoraModel(PeftModel):
             )
 
     @staticmethod
-    def _check_suffixes(model: nn.Module, names: list[str]) -> None:
-        # PEFT matches `modules_to_save` by plain suffix, without a dot before it, so a name can catch other layers.
-        caught = [name for name, _ in model.named_modules() if any(name.endswith(wanted) for wanted in names)]
-        extra = sorted(set(caught) - set(names))
-        if extra:
+    def _check_dropout(config: AutoLoraConfig, stock_layers: frozenset[str]) -> None:
+        others = [name for name in config.target_modules if name not in stock_layers]
+        if config.lora_dropout and others:
             raise ValueError(
-                f"PEFT's `modules_to_save` cannot tell {', '.join(extra)} from the layers to be saved in mode "
-                "'adapter', because their names end alike. Use `mode='full'` for this architecture."
+                f"`lora_dropout={config.lora_dropout}` is not possible on {', '.join(others[:5])}"
+                + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+                + ": their branch is a change of the weight, which has no input of its own to drop from. Leave them "
+                "out of `target_modules`, or leave `lora_dropout` at 0."
             )
 
     def _restore_trainable(self, trainable: list[nn.Parameter]) -> None:
@@ -111,7 +122,7 @@ class AutoLoraModel(PeftModel):
     def _build_routes(self, norms: list[str]) -> RouteSwitch:
         layers = self.lora_layers()
         full = self.autolora_config.mode == "full"
-        head = set(self.head.parameters())
+        head = {parameter for module in self.heads for parameter in module.parameters()}
         branch = {saving.factor(layer, side, NATURAL) for layer in layers.values() for side in ("lora_A", "lora_B")}
         blocked = [p for p in self.parameters() if p.requires_grad and p not in head and p not in branch]
         natural = Route(adapters=(NATURAL,) if full else (ROBUST, NATURAL), blocked=blocked)
@@ -149,10 +160,10 @@ class AutoLoraModel(PeftModel):
         }
 
     @property
-    def head(self) -> nn.Module:
-        """The classification layer that both routes share and train."""
-        module = self.get_base_model().get_submodule(self.autolora_config.head)
-        return module.modules_to_save[ROBUST] if isinstance(module, ModulesToSaveWrapper) else module
+    def heads(self) -> list[nn.Module]:
+        """The classification layers, mostly one, that both routes share and train."""
+        modules = [self.get_base_model().get_submodule(name) for name in self.autolora_config.heads]
+        return [m.modules_to_save[ROBUST] if isinstance(m, ModulesToSaveWrapper) else m for m in modules]
 
     # ---- forward ----
 
@@ -306,7 +317,6 @@ def get_autolora_model(
     if isinstance(model, nn.Module) and any(isinstance(module, LoraLayer) for module in model.modules()):
         raise ValueError("The model already carries adapters: merge or unload them first.")
     backbones.library_of(model)
-    targets.refuse_unsupported(model)
     if label_names is not None and len(label_names) != backbones.num_classes_of(model):
         raise ValueError(f"{len(label_names)} label names for a model of {backbones.num_classes_of(model)} classes.")
     preprocessing = preprocessing or backbones.resolve_preprocessing(model, name)
@@ -314,20 +324,20 @@ def get_autolora_model(
 
     reference = next(model.parameters())
     example = torch.zeros(1, 3, *preprocessing.image_size, device=reference.device, dtype=reference.dtype)
-    if config.head is None:
-        with attack_mode(model):
-            config.head = targets.resolve_head(model, example)
+    with attack_mode(model):
+        if config.head is None:
+            heads = targets.resolve_heads(model, example)
+            config.head = heads[0] if len(heads) == 1 else heads
+        else:
+            targets.check_heads(model, config.heads, example)
+    uses = targets.watch_layers(model, example)
+    if config.target_modules in (None, "all"):
+        stock_only = config.target_modules is None and config.mode == "adapter"
+        config.target_modules = targets.resolve_targets(model, config.heads, uses, stock_only=stock_only)
     else:
-        with attack_mode(model):
-            targets.check_head(model, config.head, example)
-    if config.target_modules is None:
-        config.target_modules = targets.resolve_targets(model, config.head)
-    elif config.target_modules == "all-linear":
-        # PEFT would take timm's heads too.
-        linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        config.target_modules = [name for name in linears if name != config.head]
-    else:
-        targets.check_requested(model, config.target_modules, config.head)
+        config.target_modules = targets.requested_targets(model, config.target_modules, config.heads, uses)
+    modules = dict(model.named_modules())
+    stock_layers = frozenset(name for name, use in uses.items() if targets.in_stock_peft(modules[name], use))
     backbone = backbones.describe_backbone(model, name, revision)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     adapted = AutoLoraModel(
@@ -335,6 +345,7 @@ def get_autolora_model(
         config,
         preprocessing=preprocessing,
         backbone=backbone,
+        stock_layers=stock_layers,
         label_names=label_names or backbones.label_names_of(model),
         threat_model=threat_model,
     )

@@ -159,7 +159,7 @@ def _fresh_model(settings: QuickstartSettings) -> AutoLoraModel:
     digits = [str(digit) for digit in range(10)]
     model = get_autolora_model("quickstart", AutoLoraConfig(mode=settings.mode), label_names=digits)
     # The checkpoint's head knows ten kinds of clothing, not ten digits.
-    model.head.reset_parameters()
+    model.heads[0].reset_parameters()
     model.threat_model = ThreatModel("linf", settings.eps)
     return model
 

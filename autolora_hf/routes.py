@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 
 ROBUST = "robust"
@@ -30,7 +30,8 @@ class Route:
             values).
         swapped (`list[tuple[nn.Module, str, nn.Module, nn.Module]]`): `(parent, child name, original, replacement)`:
             layers that another one stands in for while the route runs.
-        untracked (`list[nn.Module]`): BatchNorm layers whose running statistics this route leaves alone.
+        untracked (`list[nn.Module]`): Layers with running statistics (BatchNorm and its kin) that this route leaves
+            alone, though it normalises as they do.
     """
 
     adapters: tuple[str, ...]
@@ -53,12 +54,13 @@ class RouteSwitch:
         self.routes = routes
         self.current = self._checked(resting)
         self._held: list[nn.Parameter] = []
+        self._kept: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
         self._enter(resting)
 
     @contextmanager
     def use(self, name: str) -> Iterator[None]:
         """Runs the body in route `name`; flags and `requires_grad` are as before afterwards, also after an error."""
-        outer, outer_held = self.current, self._held
+        outer, outer_held, outer_kept = self.current, self._held, [module for module, _ in self._kept]
         held = self.routes[self._checked(name)].blocked
         # A route inside another one blocks what it says, not the union of both.
         for parameter in outer_held:
@@ -68,12 +70,14 @@ class RouteSwitch:
             parameter.requires_grad_(False)
         self._leave(outer)
         self._enter(name)
+        self._keep_statistics(self.routes[name].untracked)
         self.current, self._held = name, held
         try:
             yield
         finally:
             self._leave(name)
             self._enter(outer)
+            self._keep_statistics(outer_kept)
             for parameter in held:
                 parameter.requires_grad_(True)
             for parameter in outer_held:
@@ -103,12 +107,17 @@ class RouteSwitch:
                 layer._active_adapter = list(route.adapters)
         for parent, child, _, replacement in route.swapped:
             parent._modules[child] = replacement
-        for module in route.untracked:
-            module.track_running_stats = False
 
     def _leave(self, name: str) -> None:
         route = self.routes[name]
         for parent, child, original, _ in route.swapped:
             parent._modules[child] = original
-        for module in route.untracked:
-            module.track_running_stats = True
+
+    def _keep_statistics(self, modules: list[nn.Module]) -> None:
+        """Lets `modules` work on copies of their buffers from now on; the buffers kept so far come back."""
+        for module, buffers in self._kept:
+            module._buffers = buffers
+        self._kept = [(module, module._buffers) for module in modules]
+        for module in modules:
+            # Whatever kind of layer it is: what it gathers goes with the copies.
+            module._buffers = {key: None if b is None else b.clone() for key, b in module._buffers.items()}

@@ -4,6 +4,7 @@
 |---|---|---|
 | `model.safetensors`, `config.json` | the robust model, an ordinary timm or transformers checkpoint | - |
 | `adapter_model.safetensors`, `adapter_config.json` | - | the robust adapter: stock PEFT LoRA, head, BatchNorm |
+| `robust.safetensors` | - | instead of these two, if a branch is on a layer that stock PEFT has no exact LoRA for |
 | `natural.safetensors` | LoRA branch and own BatchNorm set of the natural route | the same |
 | `autolora_config.json` | everything else | the same |
 
@@ -33,9 +34,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from . import backbones
-from .config import AUTOLORA_FIELDS
-from .layers import ReleasedLora, fold_factors, unfold_factors
+from . import backbones, targets
+from .config import AUTOLORA_FIELDS, AutoLoraConfig
+from .layers import WeightLora, fold_factors, unfold_factors
 from .routes import NATURAL, ROBUST
 
 
@@ -48,7 +49,8 @@ RECORD = "autolora_config.json"
 NATURAL_WEIGHTS = "natural.safetensors"
 BASE_WEIGHTS, BASE_CONFIG = "model.safetensors", "config.json"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_PEFT_PREFIX = "base_model.model."
+ROBUST_WEIGHTS = "robust.safetensors"
+PEFT_PREFIX = "base_model.model."
 # `LoraConfig` fields that shape a branch; the rest is at PEFT's defaults, which `AutoLoraConfig` enforces.
 _LORA_FIELDS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights")
 
@@ -95,18 +97,34 @@ def natural_tensors(model: AutoLoraModel) -> dict[str, Tensor]:
 def robust_tensors(model: AutoLoraModel) -> dict[str, Tensor]:
     """Mode `adapter`: what the robust adapter consists of, under PEFT's names (released factors not unfolded)."""
     tensors = {
-        f"{_PEFT_PREFIX}{name}.{side}.weight": factor(layer, side, ROBUST).detach()
+        f"{PEFT_PREFIX}{name}.{side}.weight": factor(layer, side, ROBUST).detach()
         for name, layer in model.lora_layers().items()
         for side in ("lora_A", "lora_B")
     }
     for name, module in model._saved_modules().items():
-        tensors |= {f"{_PEFT_PREFIX}{name}.{key}": tensor for key, tensor in module.state_dict().items()}
+        tensors |= {f"{PEFT_PREFIX}{name}.{key}": tensor for key, tensor in module.state_dict().items()}
     return tensors
 
 
-def _digest_of_frozen(tensors: dict[str, Tensor], head: str) -> str:
+def _digest_of_frozen(tensors: dict[str, Tensor], heads: list[str]) -> str:
     """Identity of a backbone; without its head, which is made afresh for another number of classes."""
-    return backbones.weights_digest({k: v for k, v in tensors.items() if not k.startswith(f"{head}.")})
+    prefixes = tuple(f"{head}." for head in heads)
+    return backbones.weights_digest({k: v for k, v in tensors.items() if not k.startswith(prefixes)})
+
+
+def loads_with_stock_peft(model: AutoLoraModel) -> bool:
+    """Mode `adapter`: whether PEFT alone has the exact LoRA layer for every branch of the robust route."""
+    base, saved = model.get_base_model(), model._saved_modules()
+    stock = all(name in model.stock_layers for name in model.lora_layers())
+    # PEFT matches `modules_to_save` by the plain end of the name.
+    told_apart = _matched_by_suffix(base, list(saved), separator="") is not None
+    # Only a square kernel of the released layout has a counterpart in PEFT's.
+    square = all(
+        len(set(layer.get_base_layer().weight.shape[2:])) <= 1
+        for layer in model.lora_layers().values()
+        if isinstance(layer, WeightLora)
+    )
+    return stock and square and told_apart
 
 
 # ---- saving ----
@@ -117,27 +135,31 @@ def save(model: AutoLoraModel, directory: str | os.PathLike) -> None:
     directory = Path(directory)
     if directory.is_file():
         raise ValueError(f"`save_directory` must be a folder, but {directory} is a file.")
-    other = _files_of_another_mode(directory, model.autolora_config.mode)
+    earlier = _files_of_an_earlier_save(directory)
     with staged(directory, last=RECORD) as folder:
         _save_tensors(natural_tensors(model), folder / NATURAL_WEIGHTS)
         if model.autolora_config.mode == "full":
             _save_base(model, folder)
-        else:
+        elif loads_with_stock_peft(model):
             _save_adapter(model, folder)
+        else:
+            _save_tensors(robust_tensors(model), folder / ROBUST_WEIGHTS)
         write_json(_record(model), folder / RECORD)
-    for file in other:
-        # A stock loader would take them for the model.
-        file.unlink(missing_ok=True)
+        written = {file.name for file in folder.iterdir()}
+    for file in earlier:
+        # A loader would take them for the model.
+        if file.name not in written:
+            file.unlink(missing_ok=True)
 
 
-def _files_of_another_mode(directory: Path, mode: str) -> list[Path]:
-    """Weights that an earlier save in the other mode left in this folder; never files that others wrote."""
+def _files_of_an_earlier_save(directory: Path) -> list[Path]:
+    """Weights that an earlier save, perhaps in the other mode, left in this folder; never files that others wrote."""
     try:
-        earlier = backbones.read_json(directory / RECORD)["config"]["mode"]
+        mode = backbones.read_json(directory / RECORD)["config"]["mode"]
     except (OSError, ValueError, KeyError, TypeError):
         return []
-    names = {"full": (BASE_WEIGHTS, BASE_CONFIG), "adapter": (ADAPTER_WEIGHTS, ADAPTER_CONFIG)}
-    return [] if earlier == mode else [directory / name for name in names.get(earlier, ())]
+    names = {"full": (BASE_WEIGHTS, BASE_CONFIG), "adapter": (ADAPTER_WEIGHTS, ADAPTER_CONFIG, ROBUST_WEIGHTS)}
+    return [directory / name for name in names.get(mode, ())]
 
 
 def _save_base(model: AutoLoraModel, folder: Path) -> None:
@@ -163,7 +185,7 @@ def _save_adapter(model: AutoLoraModel, folder: Path) -> None:
         # Stock PEFT knows its own factorisation only; the same change of the weight has rank r k^2 there.
         ranks, alphas = {}, {}
         for name, layer in layers.items():
-            keys = [f"{_PEFT_PREFIX}{name}.{side}.weight" for side in ("lora_A", "lora_B")]
+            keys = [f"{PEFT_PREFIX}{name}.{side}.weight" for side in ("lora_A", "lora_B")]
             tensors[keys[0]], tensors[keys[1]] = _unfolded(layer, tensors[keys[0]], tensors[keys[1]])
             pattern = f"^{re.escape(name)}"
             ranks[pattern] = tensors[keys[0]].shape[0]
@@ -173,8 +195,8 @@ def _save_adapter(model: AutoLoraModel, folder: Path) -> None:
     saved = {key: getattr(config, key) for key in _LORA_FIELDS}
     stock = LoraConfig(
         **{**saved, **changes},
-        target_modules=sorted(layers),
-        modules_to_save=list(config.modules_to_save),
+        target_modules=_matched_by_suffix(base, list(layers)) or targets.exactly(layers),
+        modules_to_save=list(model._saved_modules()),
         inference_mode=True,
         base_model_name_or_path=model.backbone["name_or_path"],
     )
@@ -183,7 +205,14 @@ def _save_adapter(model: AutoLoraModel, folder: Path) -> None:
     _save_tensors(tensors, folder / ADAPTER_WEIGHTS)
 
 
-def _unfolded(layer: ReleasedLora, lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
+def _matched_by_suffix(base: nn.Module, names: list[str], separator: str = ".") -> list[str] | None:
+    """`names`, if PEFT, which matches the ends of names, takes them for these layers and no others."""
+    layers = {re.sub(r"\.(base_layer|original_module|modules_to_save\.\w+)$", "", n) for n, _ in base.named_modules()}
+    ends = tuple(f"{separator}{name}" for name in names)
+    return names if {name for name in layers if f"{separator}{name}".endswith(ends)} == set(names) else None
+
+
+def _unfolded(layer: WeightLora, lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(layer.get_base_layer(), nn.Linear):
         return lora_a, lora_b
     return unfold_factors(lora_a, lora_b, layer.kernel_width)
@@ -194,7 +223,7 @@ def _record(model: AutoLoraModel) -> dict[str, Any]:
     fields = {name: getattr(config, name) for name in (*AUTOLORA_FIELDS, *_LORA_FIELDS)}
     backbone = dict(model.backbone)
     if config.mode == "adapter":
-        backbone["weights_sha256"] = _digest_of_frozen(base_tensors(model), config.head)
+        backbone["weights_sha256"] = _digest_of_frozen(base_tensors(model), config.heads)
     return {
         "schema_version": SCHEMA_VERSION,
         "config": {**fields, "target_modules": sorted(model.lora_layers())},
@@ -261,7 +290,7 @@ def check_backbone(backbone: nn.Module, record: dict[str, Any]) -> None:
             f"model with {record['num_classes']} classes."
         )
     digest = record["backbone"].get("weights_sha256")
-    if digest and digest != _digest_of_frozen(backbone.state_dict(), record["config"]["head"]):
+    if digest and digest != _digest_of_frozen(backbone.state_dict(), AutoLoraConfig(**record["config"]).heads):
         raise ValueError(
             "The adapter was trained on other weights than this base model has (their SHA-256 differ), so its robust "
             f"accuracy would not hold. It was trained on {record['backbone']['name_or_path'] or 'an unnamed model'} "
@@ -275,8 +304,10 @@ def load_weights(model: AutoLoraModel, directory: str | os.PathLike) -> None:
     parts = [(natural_tensors(model), _load_tensors(directory / NATURAL_WEIGHTS), NATURAL_WEIGHTS)]
     if model.autolora_config.mode == "full":
         parts.append((base_tensors(model), _load_base(model, directory), BASE_WEIGHTS))
-    else:
+    elif loads_with_stock_peft(model):
         parts.append((robust_tensors(model), _load_adapter(model, directory), ADAPTER_WEIGHTS))
+    else:
+        parts.append((robust_tensors(model), _load_tensors(directory / ROBUST_WEIGHTS), ROBUST_WEIGHTS))
     for live, loaded, file in parts:
         _check_same_names(live, loaded, directory / file)
     with torch.no_grad():
@@ -308,7 +339,7 @@ def _load_adapter(model: AutoLoraModel, directory: Path) -> dict[str, Tensor]:
     tensors = _load_tensors(directory / ADAPTER_WEIGHTS)
     if model.autolora_config.layout == "released":
         for name, layer in model.lora_layers().items():
-            keys = [f"{_PEFT_PREFIX}{name}.{side}.weight" for side in ("lora_A", "lora_B")]
+            keys = [f"{PEFT_PREFIX}{name}.{side}.weight" for side in ("lora_A", "lora_B")]
             if isinstance(layer.get_base_layer(), nn.Conv2d) and all(key in tensors for key in keys):
                 tensors[keys[0]], tensors[keys[1]] = fold_factors(
                     tensors[keys[0]], tensors[keys[1]], layer.kernel_width

@@ -1,69 +1,197 @@
 """Which layers get a branch, where the head is, and whether every branch is alive.
 
-Everything is decided by structure: the head is the layer whose output is the logits; a branch goes on every
-convolution and linear layer inside the repeated blocks (composite elements of an `nn.Sequential` or `nn.ModuleList`),
-so never on the stem; what cannot be right is refused by name.
+Everything is decided by structure and by watching one forward pass: the head is the last layer before the logits; a
+branch goes on every convolution and linear layer inside the repeated blocks (composite elements of an `nn.Sequential`
+or `nn.ModuleList`), so never on the stem.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from timm.layers import Conv2dSame, FrozenBatchNormAct2d
+from timm.layers import Linear as TimmLinear
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
+
+from .attacks.pgd import attack_mode, logits_of
+from .layers import weight_name
+
+
+# ---- norms ----
 
 
 def statistics_norms(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers with running statistics (BatchNorm), by name."""
+    """The layers that gather running statistics while training (BatchNorm of any kind, EvoNorm), by name."""
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+        if any(key.startswith("running_") and buffer is not None for key, buffer in module._buffers.items())
+        and not isinstance(module, (FrozenBatchNorm2d, FrozenBatchNormAct2d))
     }
 
 
-def logits_of_base(model: nn.Module, images: Tensor) -> Tensor:
-    """Logits N x K of a bare timm or transformers classifier."""
-    output = model(images)
-    return output if isinstance(output, Tensor) else output.logits
+# ---- the head ----
 
 
-def resolve_head(model: nn.Module, example: Tensor) -> str:
-    """Name of the classification layer: the linear layer whose output tensor *is* the logits.
+def resolve_heads(model: nn.Module, example: Tensor) -> list[str]:
+    """Names of the classification layers: the last layers with weights on every way to the logits.
+
+    One for most models; two for distilled ones (the mean of two heads), models with an auxiliary head, or CrossViT.
+
+    Args:
+        model (`nn.Module`): A timm or transformers image classifier, in eval mode.
+        example (`Tensor`): One normalised image, 1 x 3 x H x W.
+
+    Raises:
+        ValueError: If there is no such layer with one output a class; the message lists what was found.
+    """
+    made: dict[Any, str] = {}
+    modules = dict(model.named_modules())
+
+    def remember(name: str, output: Any) -> None:
+        for tensor in output if isinstance(output, (tuple, list)) else [output]:
+            if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
+                made.setdefault(tensor.grad_fn, name)
+
+    hooks = [
+        module.register_forward_hook(lambda _module, _inputs, output, name=name: remember(name, output))
+        for name, module in modules.items()
+        if next(module.parameters(), None) is not None and next(module.children(), None) is None
+    ]
+    try:
+        # The graph starts at the image, so that it is there however much of the model is frozen.
+        with torch.enable_grad():
+            logits = logits_of(model(example.detach().clone().requires_grad_(True)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    heads, seen, waiting = set(), set(), [logits.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in made:
+            heads.add(made[node])
+        else:
+            waiting += [below for below, _ in node.next_functions]
+    classes = logits.shape[-1]
+    wrong = [name for name in heads if _outputs_of(modules[name]) != classes]
+    if not heads or wrong:
+        candidates = [name for name, module in modules.items() if _outputs_of(module) == classes]
+        raise ValueError(
+            f"Could not find the classification layer of {type(model).__name__}: the last layers before the "
+            f"{classes} logits are {_listed(sorted(heads))}. Layers with {classes} outputs: {_listed(candidates)}. "
+            "Create the model with a classifier (`num_classes` > 0) that ends in a linear layer or a convolution."
+        )
+    return [name for name in modules if name in heads]
+
+
+def check_heads(model: nn.Module, wanted: list[str], example: Tensor) -> None:
+    """Raises `ValueError` unless `wanted` are the classification layers of `model`; see [`resolve_heads`]."""
+    modules = dict(model.named_modules())
+    for name in wanted:
+        if name not in modules:
+            raise ValueError(f"`head={name!r}` is not a layer of {type(model).__name__}.")
+    heads = resolve_heads(model, example)
+    if set(wanted) != set(heads):
+        wrong = [name for name in wanted if name not in heads] or wanted
+        kind = ", ".join(f"{name!r} is a {type(modules[name]).__name__}" for name in wrong)
+        raise ValueError(
+            f"`head={wanted if len(wanted) > 1 else wanted[0]!r}` is not what gives the logits of "
+            f"{type(model).__name__}: {kind}; the logits come from {_listed(heads)}. Leave `head` out."
+        )
+
+
+def _outputs_of(module: nn.Module) -> int | None:
+    return getattr(module, "out_features", None) or getattr(module, "out_channels", None)
+
+
+# ---- layers that get a branch ----
+
+
+@dataclass
+class Use:
+    """How one forward pass uses a layer.
+
+    Args:
+        called (`bool`): The layer was called.
+        read (`set[str]`): Attributes that were read past its call, such as `weight`.
+    """
+
+    called: bool = False
+    read: set[str] = field(default_factory=set)
+
+
+class _Watched(nn.Module):
+    """Stands in for a layer and writes down how it is used."""
+
+    def __init__(self, layer: nn.Module, use: Use) -> None:
+        super().__init__()
+        self.layer, self.use = layer, use
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.use.called = True
+        return self.layer(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            self.use.read.add(name)
+            return getattr(self.layer, name)
+
+
+def watch_layers(model: nn.Module, example: Tensor) -> dict[str, Use]:
+    """How one forward pass uses each layer that could carry a branch: convolutions, linear layers, attention.
 
     Args:
         model (`nn.Module`): A timm or transformers image classifier.
         example (`Tensor`): One normalised image, 1 x 3 x H x W.
-
-    Raises:
-        ValueError: If no linear layer returns the logits; the message lists the candidates.
     """
-    outputs: dict[str, Tensor] = {}
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    hooks = [
-        module.register_forward_hook(lambda _module, _input, output, name=name: outputs.__setitem__(name, output))
-        for name, module in linears.items()
-    ]
+    uses, replaced = {}, []
+    for name, module in list(model.named_modules()):
+        if _can_carry(module) and not isinstance(_parent(model, name), (nn.MultiheadAttention, _Watched)):
+            uses[name] = Use()
+            replaced.append((_parent(model, name), name.rpartition(".")[2], module))
+            replaced[-1][0]._modules[replaced[-1][1]] = _Watched(module, uses[name])
     try:
-        with torch.no_grad():
-            logits = logits_of_base(model, example)
+        with attack_mode(model), torch.no_grad():
+            model(example)
     finally:
-        for hook in hooks:
-            hook.remove()
-    heads = [name for name, output in outputs.items() if output is logits]
-    if len(heads) == 1:
-        return heads[0]
-    candidates = [
-        name
-        for name, module in model.named_modules()
-        if logits.shape[-1] in (getattr(module, "out_features", None), getattr(module, "out_channels", None))
-    ]
-    raise ValueError(
-        f"Could not find the classification layer of {type(model).__name__}: no single linear layer returns the "
-        f"{logits.shape[-1]} logits. Layers with that many outputs: {_listed(candidates)}. Pass its name as "
-        "`AutoLoraConfig(head=...)`, or create the model with a classifier (`num_classes` > 0)."
+        for parent, child, module in replaced:
+            parent._modules[child] = module
+    return uses
+
+
+def _can_carry(module: nn.Module) -> bool:
+    if isinstance(module, nn.MultiheadAttention):
+        return module.in_proj_weight is not None
+    convolution = isinstance(module, nn.modules.conv._ConvNd) and not module.transposed
+    return (convolution or isinstance(module, nn.Linear)) and isinstance(module.weight, nn.Parameter)
+
+
+def in_stock_peft(module: nn.Module, use: Use) -> bool:
+    """Whether PEFT's own LoRA layer around `module` computes what it should.
+
+    It adds the branch to the output of a call, so the weight must not be used in any other way, and it has no right
+    counterpart of grouped, dilated or standardised convolutions.
+    """
+    if not use.called or use.read - {"bias", "in_features", "out_features"}:
+        return False
+    if isinstance(module, nn.Linear):
+        return type(module).forward in (nn.Linear.forward, TimmLinear.forward)
+    return (
+        type(module) in (nn.Conv2d, Conv2dSame)
+        and module.groups == 1
+        and module.dilation == (1, 1)
+        and module.padding_mode == "zeros"
     )
 
 
@@ -79,123 +207,107 @@ def block_names(model: nn.Module) -> set[str]:
     return blocks
 
 
-def resolve_targets(model: nn.Module, head: str) -> list[str]:
-    """Names of the layers that get a branch, in forward-definition order.
+def resolve_targets(
+    model: nn.Module, heads: list[str], uses: dict[str, Use], *, stock_only: bool = False
+) -> list[str]:
+    """Names of the layers that get a branch, in the order of their definition.
+
+    Every convolution and linear layer inside the repeated blocks. In a model whose blocks hold less than half of such
+    weights (VGG is one plain sequence), every one but the first layer.
+
+    Args:
+        model (`nn.Module`): A timm or transformers image classifier.
+        heads (`list[str]`): Its classification layers, which never get a branch.
+        uses (`dict[str, Use]`): What [`watch_layers`] saw; a layer that the forward pass does not use gets no branch.
+        stock_only (`bool`): Only layers for which PEFT has the right LoRA layer, so that the adapter loads without
+            this package; unless they hold less than half of the weights.
 
     Raises:
-        ValueError: If the architecture has layers for which two exact routes are not implemented, or no repeated
-            block; the message names the layers.
+        ValueError: If there is no such layer.
     """
-    refuse_unsupported(model)
+    modules = dict(model.named_modules())
+    # Some models use one layer under two names.
+    uses = {name: use for name, use in uses.items() if (use.called or use.read) and name not in heads}
     blocks = block_names(model)
 
     def in_block(name: str) -> bool:
         parts = name.split(".")
         return any(".".join(parts[:depth]) in blocks for depth in range(1, len(parts)))
 
-    targets = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Conv2d, nn.Linear)) and name != head and in_block(name)
-    ]
+    def weights(names: Iterable[str]) -> int:
+        return sum(getattr(modules[name], weight_name(modules[name])).numel() for name in names)
+
+    targets = [name for name in uses if in_block(name)]
+    if 2 * weights(targets) < weights(uses):
+        targets = list(uses)[1:]
+    if stock_only:
+        stock = [name for name in targets if in_stock_peft(modules[name], uses[name])]
+        if 2 * weights(stock) >= weights(targets):
+            targets = stock
     if not targets:
-        layers = [name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
         raise ValueError(
-            f"{type(model).__name__} is not supported: no convolution or linear layer lies inside a repeated block. "
-            f"Layers found: {_listed(layers)}. Pass those that shall get a branch as "
-            "`AutoLoraConfig(target_modules=[...])`."
+            f"{type(model).__name__} has no layer that could carry a branch: no convolution or linear layer besides "
+            f"the first one and the classification layer ({_listed(heads)}) takes part in its forward pass."
         )
     return targets
 
 
-def refuse_unsupported(model: nn.Module) -> None:
-    """Raises `ValueError` unless every layer is of a kind whose two routes are exact.
-
-    Right today are ResNet-like models (plain convolutions with BatchNorm) and ViT-like ones (linear layers with
-    LayerNorm).
-    """
-    problems: dict[str, list[str]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
-            problems.setdefault("nn.MultiheadAttention, which reads its weights past the layers", []).append(name)
-        elif isinstance(module, nn.modules.conv._ConvNd):
-            if type(module) is not nn.Conv2d:
-                problems.setdefault(f"convolutions of type {type(module).__name__}", []).append(name)
-            elif module.groups != 1:
-                problems.setdefault("grouped or depthwise convolutions", []).append(name)
-            elif module.dilation != (1, 1) or module.padding_mode != "zeros":
-                problems.setdefault("dilated or non-zero padded convolutions", []).append(name)
-            elif module.kernel_size[0] != module.kernel_size[1]:
-                problems.setdefault("convolutions with a kernel that is not square", []).append(name)
-        elif isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
-            kind = f"{type(module).__module__}.{type(module).__name__}"
-            problems.setdefault(f"linear layers of type {kind}", []).append(name)
-        elif isinstance(module, (nn.SyncBatchNorm, nn.InstanceNorm2d)):
-            problems.setdefault(f"norm layers of type {type(module).__name__}", []).append(name)
-        elif not isinstance(module, nn.modules.batchnorm._BatchNorm) and any(
-            "running" in buffer_name for buffer_name, _ in module.named_buffers(recurse=False)
-        ):
-            problems.setdefault(f"running statistics in layers of type {type(module).__name__}", []).append(name)
-    if problems:
-        listed = "; ".join(f"{what} ({_listed(names)})" for what, names in problems.items())
-        raise ValueError(
-            f"{type(model).__name__} is not supported yet. Two exact routes are implemented for ResNet-like models "
-            f"(plain convolutions with BatchNorm) and ViT-like ones (linear layers with LayerNorm); this one has "
-            f"{listed}."
-        )
-
-
-def check_head(model: nn.Module, head: str, example: Tensor) -> None:
-    """Raises `ValueError` unless `head` is a linear layer or a convolution whose output is the logits.
+def requested_targets(
+    model: nn.Module, requested: str | Iterable[str], heads: list[str], uses: dict[str, Use]
+) -> list[str]:
+    """The layers that a user's `target_modules` names, in the order of their definition.
 
     Args:
-        model (`nn.Module`): A timm or transformers image classifier.
-        head (`str`): The name to check.
-        example (`Tensor`): One normalised image, 1 x 3 x H x W.
+        requested (`str` or `list[str]`): `"all-linear"`, a regular expression that matches whole names, or names and
+            ends of names, as in PEFT.
+
+    Raises:
+        ValueError: If a layer does not exist, cannot carry a branch, is not used or is a classification layer.
     """
-    module = dict(model.named_modules()).get(head)
-    if not isinstance(module, (nn.Linear, nn.Conv2d)):
-        problem = "not a layer" if module is None else f"a {type(module).__name__} and not the classification layer"
-        raise ValueError(f"`head={head!r}` is {problem} of {type(model).__name__}.")
-    outputs: list[Tensor] = []
-    hook = module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
-    try:
-        with torch.no_grad():
-            logits = logits_of_base(model, example)
-    finally:
-        hook.remove()
-    if not any(output.numel() == logits.numel() and torch.equal(output.view_as(logits), logits) for output in outputs):
-        raise ValueError(
-            f"`head={head!r}` is not the classification layer of {type(model).__name__}: its output is not the "
-            "logits. A model whose logits are combined of several heads is not supported yet."
-        )
-
-
-def check_requested(model: nn.Module, requested: str | Iterable[str], head: str) -> None:
-    """Raises `ValueError` if a layer named in `target_modules` does not exist or cannot carry a branch."""
-    names = {name for name, _ in model.named_modules()}
+    kind, modules = type(model).__name__, dict(model.named_modules())
+    if requested == "all-linear":
+        # PEFT would take timm's heads too.
+        return [name for name in uses if isinstance(modules[name], nn.Linear) and name not in heads]
     if isinstance(requested, str):
-        # PEFT reads a string as a regular expression.
-        matches = [name for name in names if re.fullmatch(requested, name)]
-        if not matches:
-            raise ValueError(f"`target_modules={requested!r}` matches no layer of {type(model).__name__}.")
-        requested = matches
-    missing = [name for name in sorted(requested) if not any(n == name or n.endswith(f".{name}") for n in names)]
-    if missing:
-        able = [name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+        found = [name for name in modules if re.fullmatch(requested, name)]
+        if not found:
+            raise ValueError(f"`target_modules={requested!r}` matches no layer of {kind}.")
+    else:
+        requested = sorted(requested)
+        found = [name for name in modules if any(f".{name}".endswith(f".{wanted}") for wanted in requested)]
+        missing = [wanted for wanted in requested if not any(f".{name}".endswith(f".{wanted}") for name in modules)]
+        if missing:
+            raise ValueError(
+                f"`target_modules` names layers that {kind} does not have: {_listed(missing)}. Layers that can carry "
+                f"a branch: {_listed([name for name in uses if name not in heads])}."
+            )
+    in_head = [name for name in found if name in heads]
+    if in_head:
+        raise ValueError(f"`target_modules` includes the head {in_head[0]!r}, which both routes share and train.")
+    unable = [name for name in found if name not in uses]
+    if unable:
+        described = [f"{name} ({type(modules[name]).__name__})" for name in unable]
         raise ValueError(
-            f"`target_modules` names layers that {type(model).__name__} does not have: {_listed(missing)}. "
-            f"Layers that can carry a branch: {_listed([name for name in able if name != head])}."
+            f"`target_modules` names layers that cannot carry a branch: {_listed(described)}. Those that can: "
+            f"{_listed([name for name in uses if name not in heads])}."
         )
-    if any(head == name or head.endswith(f".{name}") for name in requested):
-        raise ValueError(f"`target_modules` includes the head {head!r}, which both routes share and train in full.")
+    unused = [name for name in found if not (uses[name].called or uses[name].read)]
+    if unused:
+        raise ValueError(
+            f"`target_modules` names layers that the forward pass of {kind} never uses: {_listed(unused)}."
+        )
+    return found
+
+
+def exactly(names: Iterable[str]) -> str:
+    """A `target_modules` of PEFT that matches these names and no others: a list would match ends of names too."""
+    return "|".join(re.escape(name) for name in names)
 
 
 def check_alive(model: nn.Module, images: Tensor) -> None:
     """Runs one forward and backward pass and raises if any branch stays out of the computation.
 
-    A model that reads `layer.weight` itself instead of calling the layer leaves the layer's branch *dead*: it would
-    train nothing, silently.
+    A branch that the output does not depend on is *dead*: it would train nothing, silently.
 
     Args:
         model (`nn.Module`): The adapted model, in the route to be checked.
@@ -221,10 +333,10 @@ def check_alive(model: nn.Module, images: Tensor) -> None:
     # Factors that the route only passes through are blocked; the trained ones sit in the same layers.
     owners = [(name, p) for name, parameters in factors.items() for p in parameters if p.requires_grad]
     try:
-        loss = logits_of_base(model, images).square().sum()
+        loss = logits_of(model(images)).square().sum()
     except Exception as error:
         raise ValueError(
-            f"This architecture is not supported yet: its forward fails once its layers carry a branch "
+            f"This architecture is not supported: its forward fails once its layers carry a branch "
             f"({type(error).__name__}: {error})."
         ) from error
     gradients = torch.autograd.grad(loss, [parameter for _, parameter in owners], allow_unused=True)
@@ -232,10 +344,13 @@ def check_alive(model: nn.Module, images: Tensor) -> None:
     dead = list(dict.fromkeys(name for (name, _), gradient in pairs if gradient is None))
     if dead:
         raise ValueError(
-            f"This architecture is not supported yet: it uses the weights of {_listed(dead)} without calling the "
-            "layers, so their branches would be dead. Pass the layers that are called as "
-            "`AutoLoraConfig(target_modules=[...])`."
+            f"The logits do not depend on the weights of {_listed(dead)}, so their branches would be dead. Pass the "
+            "other layers as `AutoLoraConfig(target_modules=[...])`."
         )
+
+
+def _parent(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])
 
 
 def _listed(names: list[str], most: int = 8) -> str:

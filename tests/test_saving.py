@@ -112,7 +112,7 @@ def test_what_is_saved_besides_weights(tmp_path, name, mode):
     assert loaded.threat_model == threat
     assert loaded.num_classes == 4
     assert loaded.autolora_config.head == MODELS[name].head
-    assert loaded.autolora_config.target_modules == set(model.lora_layers())
+    assert loaded.autolora_config.target_modules == list(model.lora_layers())
     assert loaded.autolora_config.use_rslora
     ranks = {name: found.r["natural"] for name, found in loaded.lora_layers().items()}
     assert ranks == {name: 2 if name == layer else 3 for name in ranks}
@@ -383,7 +383,7 @@ def test_another_architecture_is_refused(saved):
     name = "hf_resnet" if hasattr(model.get_base_model(), "config") else "timm_vit"
     network = MODELS[name].fresh()
     before = copied_state(network)
-    problems = "other weights|does not have|not the classification layer|not a layer|does not belong"
+    problems = "other weights|does not have|not what gives the logits|not a layer|does not belong"
     with pytest.raises(ValueError, match=problems):
         load(base_model=network)
     assert same(copied_state(network), before)

@@ -477,7 +477,7 @@ def test_gradient_accumulation_gives_the_gradients_of_the_whole_batch(tmp_path):
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path):
     trainer = new_trainer(tmp_path)
     with torch.no_grad():
-        trainer.model.head.bias[0] = float("nan")
+        trainer.model.heads[0].bias[0] = float("nan")
     before = copied_state(trainer.model)
     with pytest.raises(FloatingPointError, match=r"loss is nan at step 0.*lower `learning_rate`"):
         trainer.train()

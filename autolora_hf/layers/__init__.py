@@ -1,4 +1,4 @@
-from .released import ReleasedLora, fold_factors, unfold_factors
+from .weight import WeightLora, fold_factors, unfold_factors, weight_name
 
 
-__all__ = ["ReleasedLora", "fold_factors", "unfold_factors"]
+__all__ = ["WeightLora", "fold_factors", "unfold_factors", "weight_name"]
