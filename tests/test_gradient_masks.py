@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from timm.layers import BatchNormAct2d, EvoNorm2dB0, EvoNorm2dB1, EvoNorm2dS0, LayerNorm2d, RmsNorm2d
 from tiny_models import LAYOUTS, MODELS, MODES, NORMS, VARIANTS, change_everything, pixels
+from torchvision.ops import FrozenBatchNorm2d
 
-from autolora_hf import PGD, get_autolora_model
+from autolora_hf import PGD, AutoLoraConfig, get_autolora_model
 from autolora_hf.objectives import AutoLora, Batch
 from autolora_hf.pixels import Normalize
 from autolora_hf.schedules import LossScalars
@@ -282,3 +284,66 @@ def test_dual_norms_have_two_sets(name, mode):
             module.running_mean += 1
     assert torch.equal(model.pixel_space("robust")(images), before["robust"])
     assert not torch.allclose(model.pixel_space("natural")(images), before["natural"])
+
+
+# ---- norms of other kinds ----
+
+
+def with_norms(make):
+    """The tiny ResNet with every BatchNorm replaced."""
+    network = MODELS["timm_resnet"].fresh()
+    for name, module in list(network.named_modules()):
+        if isinstance(module, torch.nn.BatchNorm2d):
+            network.set_submodule(name, make(module.num_features))
+    return network
+
+
+STATISTICS_NORMS = {
+    "BatchNormAct2d": lambda channels: BatchNormAct2d(channels, apply_act=False),
+    "SyncBatchNorm": torch.nn.SyncBatchNorm,
+    "EvoNorm2dB0": EvoNorm2dB0,
+    "EvoNorm2dB1": EvoNorm2dB1,
+    "BatchNorm2d without affine": lambda channels: torch.nn.BatchNorm2d(channels, affine=False),
+}
+OTHER_NORMS = {
+    "GroupNorm": lambda channels: torch.nn.GroupNorm(4, channels),
+    "LayerNorm2d": LayerNorm2d,
+    "RmsNorm2d": RmsNorm2d,
+    "EvoNorm2dS0": lambda channels: EvoNorm2dS0(channels, group_size=4),
+    "FrozenBatchNorm2d": FrozenBatchNorm2d,
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", STATISTICS_NORMS)
+def test_norms_of_every_kind_with_statistics(kind, mode, norm):
+    tiny, images = MODELS["timm_resnet"], pixels(6)
+    network = with_norms(STATISTICS_NORMS[kind])
+    model = get_autolora_model(network, AutoLoraConfig(mode=mode, norm=norm), preprocessing=tiny.preprocessing).train()
+    robust, natural = statistics(model, "robust"), statistics(model, "natural")
+    assert len(robust) > 0
+    before = model.eval().pixel_space("natural")(images)
+    model.train().pixel_space("natural")(images)
+    assert changes(robust, statistics(model, "robust")) == (robust.keys() if norm == "shared" else set())
+    assert changes(natural, statistics(model, "natural")) == (set() if norm == "robust_stats" else natural.keys())
+    moved = not torch.allclose(model.eval().pixel_space("natural")(images), before, atol=1e-5)
+    assert moved == (norm != "robust_stats")
+    robust = statistics(model, "robust")
+    model.train().pixel_space("robust")(images)
+    assert changes(robust, statistics(model, "robust")) == robust.keys()
+    PGD(steps=1)(model.pixel_space("robust"), images, torch.tensor([0, 1, 2, 3, 0, 1]))
+    assert changes(robust, statistics(model, "robust")) == robust.keys()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", OTHER_NORMS)
+def test_norms_without_statistics_have_one_mode(kind, mode):
+    network, tiny = with_norms(OTHER_NORMS[kind]), MODELS["timm_resnet"]
+    for norm in ("robust_stats", "dual"):
+        with pytest.raises(ValueError, match="running statistics of BatchNorm, and this model has none"):
+            get_autolora_model(network, AutoLoraConfig(mode=mode, norm=norm), preprocessing=tiny.preprocessing)
+    model = get_autolora_model(network, AutoLoraConfig(mode=mode), preprocessing=tiny.preprocessing)
+    assert not model.natural_norms
+    affine = [p for name, p in model.named_parameters() if ".bn1." in name]
+    assert all(parameter.requires_grad == (mode == "full") for parameter in affine)
