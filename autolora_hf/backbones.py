@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import json
@@ -14,10 +15,24 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
-from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+)
 
-from .pixels import Preprocessing
+from .inputs import (
+    check_classifier,
+    library_of,
+    native_size,
+    num_classes_of,
+    problem_at,
+    size_holder,
+    written,
+    wrong_size_message,
+)
+from .pixels import size_pair
 
 
 logger = logging.getLogger(__name__)
@@ -32,6 +47,8 @@ def load_backbone(
     num_classes: int | None = None,
     *,
     pretrained: bool = True,
+    image_size: int | tuple[int, int] | None = None,
+    library: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> nn.Module:
@@ -42,24 +59,22 @@ def load_backbone(
             `"hf-hub:org/name"`, `"local-dir:..."`), a local directory or a Hub repository of either library.
         num_classes (`int`, *optional*): Number of classes; a head of another size is created afresh. `None`: as saved.
         pretrained (`bool`): Load the weights, not only the architecture.
+        image_size (`int` or `tuple[int, int]`, *optional*): Size of the images it shall take. A network that is built
+            for one size is built for this one, and timm resamples its position embeddings. `None`: as saved.
+        library (`str`, *optional*): `"transformers"` loads a timm checkpoint into transformers' wrapper.
         revision (`str`, *optional*), token (*optional*): Passed on to the Hub.
 
     Raises:
-        ValueError: If nothing by that name is known; the message suggests the nearest timm names.
+        ValueError: If nothing by that name is known, the message suggests the nearest timm names; or if the network
+            cannot take images of that size.
     """
-    changes = {} if num_classes is None else {"num_classes": num_classes}
+    size = None if image_size is None else size_pair(image_size)
     if name in SHIPPED:
-        return timm.create_model(f"local-dir:{SHIPPED[name]}", pretrained=pretrained, **changes)
+        return _load_timm(f"local-dir:{SHIPPED[name]}", num_classes, pretrained, size)
     if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
-        return timm.create_model(name, pretrained=pretrained, **changes)
+        return _load_timm(name, num_classes, pretrained, size)
     if timm.is_model(name):
-        try:
-            return timm.create_model(name, pretrained=pretrained, **changes)
-        except Exception as error:
-            raise OSError(
-                f"The pretrained weights of timm's {name!r} could not be loaded ({error}). Without a network, pass a "
-                "model created from local weights, or a local directory."
-            ) from error
+        return _load_timm(name, num_classes, pretrained, size)
     if os.path.isdir(name):
         source, saved = name, read_json(Path(name) / "config.json")
     elif "/" in name and not name.startswith((".", "/", "~")):
@@ -79,76 +94,124 @@ def load_backbone(
             f"Unknown checkpoint {name!r}: not a timm model, not a directory, not a Hub name 'org/name'."
             + (f" Did you mean {' or '.join(map(repr, near))}?" if near else "")
         )
-    if "architecture" in saved:
+    # What transformers' wrapper saved names its own class; timm may not be able to read it.
+    if "architecture" in saved and saved.get("model_type") != "timm_wrapper" and library != "transformers":
         prefix = "local-dir" if os.path.isdir(source) else "hf-hub"
         suffix = f"@{revision}" if revision and prefix == "hf-hub" else ""
-        return timm.create_model(f"{prefix}:{source}{suffix}", pretrained=pretrained, **changes)
-    labels = {} if num_classes is None else {"num_labels": num_classes, "ignore_mismatched_sizes": True}
-    options = {"revision": revision or "main", "token": token}
-    if not pretrained:
-        labels.pop("ignore_mismatched_sizes", None)
-        return AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(source, **labels, **options))
-    # Only safetensors: a pickle from the Hub could run code.
-    return AutoModelForImageClassification.from_pretrained(source, use_safetensors=True, **labels, **options)
+        return _load_timm(f"{prefix}:{source}{suffix}", num_classes, pretrained, size)
+    return _load_transformers(source, num_classes, pretrained, size, revision=revision or "main", token=token)
 
 
-def library_of(model: nn.Module) -> str:
-    """`"timm"` or `"transformers"`; raises `TypeError` for anything else."""
-    if isinstance(model, PreTrainedModel):
-        if type(model).__name__.startswith("TimmWrapper"):
-            raise TypeError(
-                "TimmWrapper models are not supported: pass the timm model itself, e.g. "
-                "`timm.create_model('hf-hub:...', pretrained=True)`. An adapter of it loads on the wrapper with "
-                "`key_mapping={'^': 'timm_model.'}`."
-            )
-        return "transformers"
-    if hasattr(model, "pretrained_cfg") and hasattr(model, "get_classifier"):
-        return "timm"
-    raise TypeError(
-        f"Expected a timm model, a transformers image classifier or a checkpoint name, got {type(model).__name__}."
-    )
-
-
-def resolve_preprocessing(model: nn.Module, name: str | None = None) -> Preprocessing:
-    """What the checkpoint expects of an image: timm's `pretrained_cfg`, or the image processor of transformers.
-
-    A transformers model that was built in memory has no saved processor; its class's default one is taken then, with a
-    warning, since checkpoints of one class may differ in mean and standard deviation.
-    """
-    if library_of(model) == "timm":
-        return Preprocessing.from_timm(model)
-    source = name or getattr(model, "name_or_path", None)
-    if source:
+def _load_timm(name: str, num_classes: int | None, pretrained: bool, size: tuple[int, int] | None) -> nn.Module:
+    changes = {} if num_classes is None else {"num_classes": num_classes}
+    options = [{}] if size is None else _timm_options(name, size)
+    for option in options:
         try:
-            processor = AutoImageProcessor.from_pretrained(source)
-        except (OSError, ValueError) as error:  # no processor was saved with the checkpoint
-            logger.warning("The image processor of %s could not be loaded (%s).", source, error)
-        else:
-            return Preprocessing.from_image_processor(processor)
-    processors = IMAGE_PROCESSOR_MAPPING.get(type(model.config), None)
-    if not processors:
-        raise ValueError(
-            f"No image processor is known for {type(model).__name__}: pass `preprocessing=Preprocessing(...)`."
-        )
-    default = Preprocessing.from_image_processor(next(iter(processors.values()))())
-    size = getattr(model.config, "image_size", None)
+            return timm.create_model(name, pretrained=pretrained, **changes, **option)
+        except Exception as error:
+            if option and "size mismatch" in str(error):
+                # timm does not resample the position embeddings of every model; some then still run as they are.
+                problem = error
+                continue
+            if not timm.is_model(name):
+                raise
+            raise OSError(
+                f"The pretrained weights of timm's {name!r} could not be loaded ({error}). Without a network, pass a "
+                "model created from local weights, or a local directory."
+            ) from error
+    with torch.device("meta"):
+        native = native_size(timm.create_model(name))
+    raise ValueError(
+        f"The weights of {name!r} are for images of {written(native)} pixels only: timm does not adapt those of this "
+        f"architecture to {written(size)}. Leave out `image_size`."
+    ) from problem
+
+
+def _timm_options(name: str, size: tuple[int, int]) -> list[dict[str, Any]]:
+    """Ways to create a timm model so that it takes images of `size`, best one first, tried without weights."""
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    if size == native_size(model):
+        return [{}]
+    options = []
+    if getattr(model, "_traits", {}).get("fixed_input_size", model.pretrained_cfg.get("fixed_input_size")):
+        try:
+            with torch.device("meta"):
+                resized = timm.create_model(name, img_size=size)
+            if problem_at(resized, size) is None:
+                options.append({"img_size": size})
+        except Exception as error:  # such as sizes that the patches do not divide
+            logger.debug("%s cannot be created with img_size=%s: %s", name, size, error)
+    problem = problem_at(model, size)
+    if problem is None:
+        options.append({})
+    if not options:
+        raise ValueError(wrong_size_message(model, size, problem))
+    return options
+
+
+def _load_transformers(
+    source: str, num_classes: int | None, pretrained: bool, size: tuple[int, int] | None, **options: Any
+) -> nn.Module:
+    changes = {} if num_classes is None else {"num_labels": num_classes}
+    config = AutoConfig.from_pretrained(source, **changes, **options)
+    if config.model_type == "timm_wrapper" and config.model_args:
+        # timm writes it here too, and the wrapper would pass it twice.
+        config.model_args.pop("num_classes", None)
     if size is not None:
-        size = (size, size) if isinstance(size, int) else tuple(size)
-        default = Preprocessing(**{**default.to_dict(), "image_size": size})
-    logger.warning(
-        "%s has no saved image processor; assuming its class's default (mean %s, std %s, %s pixels). Pass "
-        "`preprocessing=Preprocessing(...)` if the checkpoint was trained otherwise.",
-        type(model).__name__,
-        default.mean,
-        default.std,
-        " x ".join(map(str, default.image_size)),
+        config = _config_of_size(config, size, pretrained)
+    if not pretrained:
+        return AutoModelForImageClassification.from_config(_with_class(config))
+    # Only safetensors: a pickle from the Hub could run code.
+    return AutoModelForImageClassification.from_pretrained(
+        source, config=config, use_safetensors=True, ignore_mismatched_sizes=num_classes is not None, **options
     )
-    return default
 
 
-def num_classes_of(model: nn.Module) -> int:
-    """K, the number of logits."""
-    return model.num_classes if library_of(model) == "timm" else model.config.num_labels
+def _with_class(config: PreTrainedConfig) -> PreTrainedConfig:
+    """`config`, of which the auto class can read which class it stands for (some have several)."""
+    config.architectures = config.architectures or []
+    return config
+
+
+def _config_of_size(config: PreTrainedConfig, size: tuple[int, int], pretrained: bool) -> PreTrainedConfig:
+    """`config` for a network that takes images of `size` and into which the weights of `config` fit."""
+    with torch.device("meta"):
+        model = AutoModelForImageClassification.from_config(_with_class(config))
+    check_classifier(model)
+    other = []
+    if size != native_size(model):
+        try:
+            resized_config = _resized(config, size)
+            with torch.device("meta"):
+                resized = AutoModelForImageClassification.from_config(resized_config)
+            if problem_at(resized, size) is None:
+                ours, theirs = _shapes(resized), _shapes(model)
+                other = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+                if not other or not pretrained:
+                    return resized_config
+        except Exception as error:  # such as sizes that the patches do not divide
+            logger.debug("%s cannot be configured for %s: %s", type(model).__name__, size, error)
+    problem = problem_at(model, size)
+    if problem is None:
+        return config
+    if other:
+        raise ValueError(
+            f"The weights of this {type(model).__name__} are for images of {written(native_size(model))} pixels, "
+            f"and transformers does not adapt {', '.join(other[:3])} to {written(size)}. Leave out `image_size`, or "
+            "take the same checkpoint from timm, which adapts it."
+        )
+    raise ValueError(wrong_size_message(model, size, problem))
+
+
+def _resized(config: PreTrainedConfig, size: tuple[int, int]) -> PreTrainedConfig:
+    config = copy.deepcopy(config)
+    holder = size_holder(config)
+    if config.model_type == "timm_wrapper":
+        config.model_args = {**(config.model_args or {}), "img_size": list(size)}
+    elif holder is not None:
+        holder.image_size = size[0] if size[0] == size[1] and isinstance(holder.image_size, int) else list(size)
+    return config
 
 
 def label_names_of(model: nn.Module) -> list[str] | None:
@@ -156,16 +219,22 @@ def label_names_of(model: nn.Module) -> list[str] | None:
     if library_of(model) == "timm":
         names = model.pretrained_cfg.get("label_names")
         return list(names) if names and len(names) == model.num_classes else None
-    labels = model.config.id2label
+    labels = model.config.id2label or {}  # PVT's configuration has none
     names = [labels[index] for index in range(len(labels))]
-    return None if names == [f"LABEL_{index}" for index in range(len(names))] else names
+    return names if len(names) == num_classes_of(model) and names[0] != "LABEL_0" else None
 
 
-def describe_backbone(model: nn.Module, name: str | None, revision: str | None = None) -> dict[str, Any]:
+def describe_backbone(
+    model: nn.Module,
+    name: str | None,
+    revision: str | None = None,
+    image_size: int | tuple[int, int] | None = None,
+) -> dict[str, Any]:
     """A JSON record of where the backbone came from and how to build its architecture again.
 
     `config` is `None` when the architecture cannot be rebuilt from its name and arguments (layers were replaced by
-    hand): loading then needs the model itself.
+    hand): loading then needs the model itself. `image_size` is what [`load_backbone`] was called with, and `resampled`
+    the tensors that were resampled for it.
     """
     library = library_of(model)
     record: dict[str, Any] = {"library": library, "name_or_path": name, "revision": revision, "config": None}
@@ -176,6 +245,12 @@ def describe_backbone(model: nn.Module, name: str | None, revision: str | None =
         record["architecture"] = type(model).__name__
         record["name_or_path"] = name or model.name_or_path or None
         record["config"] = json.loads(model.config.to_json_string(use_diff=True))
+    if name is not None and image_size is not None:
+        record["image_size"] = list(size_pair(image_size))
+        with torch.device("meta"):
+            original = load_backbone(name, num_classes_of(model), pretrained=False, revision=revision, library=library)
+        shapes = _shapes(original)
+        record["resampled"] = sorted(key for key, shape in _shapes(model).items() if shapes.get(key) != shape)
     try:
         rebuilt = rebuild_backbone(record)
     except Exception:
@@ -195,7 +270,11 @@ def rebuild_backbone(record: dict[str, Any], device: str = "meta") -> nn.Module:
         )
     with torch.device(device):
         if record["library"] == "transformers":
-            config = AutoConfig.for_model(**record["config"])
+            # A copy, since some classes change what they read.
+            saved = copy.deepcopy(record["config"])
+            config = CONFIG_MAPPING[saved["model_type"]].from_dict(saved)
+            # Some configurations stand for several classes.
+            config.architectures = [record["architecture"]]
             return AutoModelForImageClassification.from_config(config)
         config = record["config"]
         with tempfile.TemporaryDirectory() as folder:
@@ -232,7 +311,10 @@ def _timm_config(model: nn.Module) -> dict[str, Any] | None:
             save_config_for_hf(model, str(path))
         except ValueError:  # an argument of the model is not JSON
             return None
-        return json.loads(path.read_text())
+        config = json.loads(path.read_text())
+    # timm writes the number of classes twice, and transformers' wrapper then fails to load the checkpoint.
+    config.get("model_args", {}).pop("num_classes", None)
+    return config
 
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:

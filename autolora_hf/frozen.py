@@ -11,7 +11,8 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from .attacks.pgd import logits_of
+from . import checkpointing
+from .attacks.pgd import forget_cached, logits_of
 from .routes import ROBUST
 
 
@@ -31,6 +32,8 @@ class FrozenRoute(nn.Module):
         base, device = model.get_base_model(), next(model.parameters()).device
         with model.route(route), torch.no_grad():
             self.network = copy.deepcopy(base)
+            # There is no memory to save that is worth a second pass in every step of an attack.
+            checkpointing.disable(self.network)
             # By name: the live layer, the LoRA layer around it and the branches to add. In lists, so that the live
             # layers do not become modules of the copy.
             self._sources: dict[str, list] = {}
@@ -74,6 +77,7 @@ class FrozenRoute(nn.Module):
             for key in [*target._parameters, *target._buffers]:
                 if getattr(target, key) is not None:
                     getattr(target, key).copy_(tensors[key])
+        forget_cached(self.network)
         return self
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -14,11 +15,11 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from . import backbones, saving, targets
-from .attacks.pgd import attack_mode, logits_of
+from . import backbones, checkpointing, inputs, saving, targets
+from .attacks.pgd import attack_mode, forget_cached, logits_of
 from .config import AutoLoraConfig, ThreatModel
 from .layers import WeightLora
-from .pixels import Normalize, Preprocessing
+from .pixels import Normalize, Preprocessing, size_pair
 from .routes import NATURAL, ROBUST, Route, RouteSwitch
 
 
@@ -177,7 +178,8 @@ class AutoLoraModel(PeftModel):
             What the base model returns: a tensor of logits for timm, an `ImageClassifierOutput` for transformers.
         """
         # Positional, because timm calls its input `x`.
-        return super().forward(pixel_values, *args, **kwargs)
+        with checkpointing.forward_pass(self.get_base_model(), self._switch):
+            return super().forward(pixel_values, *args, **kwargs)
 
     def route(self, name: str) -> AbstractContextManager[None]:
         """Context in which the model runs route `"robust"` or `"natural"`, and only that route's parameters train."""
@@ -222,15 +224,73 @@ class AutoLoraModel(PeftModel):
     def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False) -> nn.Module:
         """The deployed robust model as a plain module: in mode `full` the backbone itself, without the natural branch;
         in mode `adapter` the backbone with the robust adapter merged. This model is used up."""
-        if self.autolora_config.mode == "full":
-            return self.base_model.unload()
-        return self.base_model.merge_and_unload(progressbar, safe_merge=safe_merge, adapter_names=[ROBUST])
+        # Not PEFT's own, which takes any module with an attribute `base_layer` for one of its layers (timm's DLA).
+        self._switch.rest_in(ROBUST)
+        if self.autolora_config.mode == "adapter":
+            for layer in self.lora_layers().values():
+                layer.merge(safe_merge=safe_merge, adapter_names=[ROBUST])
+        return self._unwrap(keep_saved=True)
+
+    def _unwrap(self, keep_saved: bool) -> nn.Module:
+        """The base model with its own layers in their places; with the trained copies of head and norms, or not."""
+        base, saved = self.get_base_model(), self._saved_modules()
+        for name, layer in self.lora_layers().items():
+            base.set_submodule(name, layer.get_base_layer())
+        for name, module in saved.items():
+            base.set_submodule(name, module if keep_saved else base.get_submodule(name).original_module)
+        del base.peft_config
+        forget_cached(base)
+        return base
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError(
             "Merging in place would break the two routes of an AutoLoraModel. Use `merge_and_unload()` for a plain "
             "robust model."
         )
+
+    # ---- activation checkpointing ----
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Saves memory in training: blocks keep only their input and run again, in their route, in the backward pass.
+
+        Args:
+            activation_checkpointing_kwargs (`dict`, *optional*): Options of `torch.utils.checkpoint.checkpoint`, for
+                transformers models.
+            every_n_layers (`int`), offload (`bool`): As in transformers, for its models: checkpoint only every n-th
+                block; keep the inputs of blocks in the host's memory.
+
+        Raises:
+            ValueError: If the library has no activation checkpointing for this architecture, or for reentrant
+                checkpointing, whose gradients would be wrong.
+        """
+        checkpointing.enable(self.get_base_model(), activation_checkpointing_kwargs, every_n_layers, offload)
+
+    def activation_checkpointing_disable(self) -> None:
+        """Turns activation checkpointing off."""
+        checkpointing.disable(self.get_base_model())
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        return checkpointing.is_enabled(self.get_base_model())
+
+    # The older names of transformers, which would otherwise reach the network inside.
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.activation_checkpointing_disable()
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return self.is_activation_checkpointing
 
     # ---- saving ----
 
@@ -281,6 +341,7 @@ def get_autolora_model(
     *,
     num_classes: int | None = None,
     preprocessing: Preprocessing | None = None,
+    image_size: int | tuple[int, int] | None = None,
     label_names: list[str] | None = None,
     threat_model: ThreatModel | None = None,
     revision: str | None = None,
@@ -296,7 +357,9 @@ def get_autolora_model(
             `"quickstart"`, `"resnet50"`, `"hf-hub:org/name"`, `"org/name"`, a local directory.
         config (`AutoLoraConfig`, *optional*): Defaults to the paper's setting.
         num_classes (`int`, *optional*): For a name: number of classes; a head of another size is created afresh.
-        preprocessing (`Preprocessing`, *optional*): Overrides what the checkpoint says, for instance the image size.
+        preprocessing (`Preprocessing`, *optional*): Overrides what the checkpoint says.
+        image_size (`int` or `tuple[int, int]`, *optional*): Side, or height and width, to which images are resized. A
+            network of one fixed size that is given by name is built for it, where its architecture allows that.
         label_names (`list[str]`, *optional*): Class names in class order, saved with the model.
         threat_model (`ThreatModel`, *optional*): Defaults to Linf with eps = 8/255; the trainer sets its own.
         revision (`str`, *optional*), token (*optional*): For a Hub name.
@@ -308,7 +371,7 @@ def get_autolora_model(
         raise TypeError(f"`config` must be an AutoLoraConfig, got {type(config).__name__}.")
     name = model if isinstance(model, str) else None
     if name is not None:
-        model = backbones.load_backbone(name, num_classes, revision=revision, token=token)
+        model = backbones.load_backbone(name, num_classes, image_size=image_size, revision=revision, token=token)
     elif num_classes is not None and num_classes != backbones.num_classes_of(model):
         raise ValueError(
             f"`num_classes={num_classes}`, but the model has {backbones.num_classes_of(model)} classes. Create the "
@@ -316,14 +379,17 @@ def get_autolora_model(
         )
     if isinstance(model, nn.Module) and any(isinstance(module, LoraLayer) for module in model.modules()):
         raise ValueError("The model already carries adapters: merge or unload them first.")
-    backbones.library_of(model)
+    inputs.check_classifier(model)
     if label_names is not None and len(label_names) != backbones.num_classes_of(model):
         raise ValueError(f"{len(label_names)} label names for a model of {backbones.num_classes_of(model)} classes.")
-    preprocessing = preprocessing or backbones.resolve_preprocessing(model, name)
+    preprocessing = preprocessing or inputs.resolve_preprocessing(model, name, revision=revision, token=token)
+    if image_size is not None:
+        preprocessing = dataclasses.replace(preprocessing, image_size=size_pair(image_size))
     config = copy.deepcopy(config or AutoLoraConfig())
 
     reference = next(model.parameters())
     example = torch.zeros(1, 3, *preprocessing.image_size, device=reference.device, dtype=reference.dtype)
+    inputs.check_runs(model, example)
     with attack_mode(model):
         if config.head is None:
             heads = targets.resolve_heads(model, example)
@@ -338,7 +404,7 @@ def get_autolora_model(
         config.target_modules = targets.requested_targets(model, config.target_modules, config.heads, uses)
     modules = dict(model.named_modules())
     stock_layers = frozenset(name for name, use in uses.items() if targets.in_stock_peft(modules[name], use))
-    backbone = backbones.describe_backbone(model, name, revision)
+    backbone = backbones.describe_backbone(model, name, revision, image_size)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     adapted = AutoLoraModel(
         model,
@@ -353,11 +419,8 @@ def get_autolora_model(
         with torch.enable_grad(), _eval(adapted), adapted.route(NATURAL):
             targets.check_alive(adapted, example)
     except ValueError:
-        # Give the caller's model back as it was. PEFT would leave its copies of the head and the norms there.
-        wrappers = {name: m for name, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
-        adapted.base_model.unload()
-        for name, wrapper in wrappers.items():
-            model.set_submodule(name, wrapper.original_module)
+        # Give the caller's model back as it was.
+        adapted._unwrap(keep_saved=False)
         for parameter in trainable:
             parameter.requires_grad_(True)
         raise
@@ -400,7 +463,12 @@ def load_autolora_model(
     name = base_model if isinstance(base_model, str) else record["backbone"]["name_or_path"]
     if isinstance(base_model, str):
         base_model = backbones.load_backbone(
-            base_model, record["num_classes"], revision=record["backbone"]["revision"], token=token
+            base_model,
+            record["num_classes"],
+            image_size=record["backbone"].get("image_size"),
+            library=record["backbone"]["library"],
+            revision=record["backbone"]["revision"],
+            token=token,
         )
     saving.check_backbone(base_model, record)
     model = get_autolora_model(
@@ -410,7 +478,10 @@ def load_autolora_model(
         label_names=record["label_names"],
         threat_model=ThreatModel(**record["threat_model"]),
     )
-    model.backbone.update(name_or_path=name, revision=record["backbone"]["revision"])
+    origin = ("revision", "image_size", "resampled")
+    model.backbone.update(
+        {key: record["backbone"][key] for key in origin if key in record["backbone"]}, name_or_path=name
+    )
     model.load_weights(directory)
     model._switch.rest_in(route)
     return model.eval()
@@ -423,5 +494,6 @@ def _eval(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        forget_cached(model)
         for module, training in modes:
             module.training = training

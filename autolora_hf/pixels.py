@@ -6,9 +6,10 @@ that is attacked, so that epsilon always means what the threat model says.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -72,13 +73,20 @@ class Preprocessing:
             raise ValueError(f"`channel_order` must be 'rgb' or 'bgr', got {self.channel_order!r}.")
 
     @classmethod
-    def from_timm(cls, model: nn.Module) -> Preprocessing:
-        """Reads `pretrained_cfg` of a timm model; the image size of its patch embedding, if it has one, wins."""
-        config = model.pretrained_cfg
-        size = config["input_size"][-2:]
-        patches = getattr(model, "patch_embed", None)
-        if getattr(patches, "img_size", None) is not None:
-            size = patches.img_size
+    def from_timm(cls, model: nn.Module, pretrained_cfg: dict[str, Any] | None = None) -> Preprocessing:
+        """Reads how a timm model wants its images; the size it was built for wins over that of its checkpoint.
+
+        Args:
+            model (`nn.Module`): A timm model.
+            pretrained_cfg (`dict`, *optional*): What is known of the checkpoint, where it differs from the model's
+                own `pretrained_cfg`.
+        """
+        config = {**model.pretrained_cfg, **(pretrained_cfg or {})}
+        size, saved = timm_image_size(model), getattr(model, "pretrained_model_args", {}).get("img_size")
+        flexible = not getattr(model, "_traits", {}).get("fixed_input_size", True)
+        if size is None or (flexible and (pretrained_cfg or (saved is not None and size_pair(saved) == size))):
+            # It is not the size that was asked for but the one that the checkpoint was once built for.
+            size = config["input_size"][-2:]
         return cls(
             image_size=size,
             mean=config["mean"],
@@ -114,17 +122,21 @@ class Preprocessing:
         size = tuple(wanted[0].shape[-2:])
         mean, std = _affine(processor)
         resample = getattr(processor, "resample", None)
-        candidates = [
-            cls(size, mean, std, "bilinear" if resample is None else _RESAMPLE_NAMES[int(resample)], pct, mode, order)
-            for pct in _crop_candidates(processor, min(size))
-            for mode in ("center", "squash")
-            for order in ("rgb", "bgr")
-        ]
-        differences = [
-            sum(_difference(candidate, image, target) for image, target in zip(images, wanted, strict=True)) / 2
-            for candidate in candidates
-        ]
-        smallest = min(differences)
+        closest, smallest = None, math.inf
+        for pct, mode in itertools.product(_crop_candidates(processor, min(size)), ("center", "squash")):
+            filter_name = "bilinear" if resample is None else _RESAMPLE_NAMES[int(resample)]
+            candidate = cls(size, mean, std, filter_name, pct, mode)
+            transform = candidate.evaluation_transform()
+            made = [transform(image)[None].float() / 255 for image in images]
+            for order in ("rgb", "bgr"):
+                candidate = replace(candidate, channel_order=order)
+                normalize = Normalize(candidate)
+                difference = sum(
+                    ((normalize(ours) - theirs).abs() * normalize.std).mean().item() * 255
+                    for ours, theirs in zip(made, wanted, strict=True)
+                ) / len(images)
+                if difference < smallest:
+                    closest, smallest = candidate, difference
         # On these images the filters of PIL and torch differ by 0.01, a crop that is off by a quarter of a pixel by
         # 2.5, other crops by 10 and more.
         if smallest > 3:
@@ -132,7 +144,31 @@ class Preprocessing:
                 f"{kind} changes images in a way that no `Preprocessing` describes: the closest one is off by "
                 f"{smallest:.1f}/255 on average. Pass `preprocessing=Preprocessing(...)` with what the model needs."
             )
-        return candidates[differences.index(smallest)]
+        return closest
+
+    @classmethod
+    def assumed(cls, processor: Any, image_size: tuple[int, int] | None = None) -> Preprocessing:
+        """A stand-in for an image processor that [`from_image_processor`] refuses: its mean, standard deviation and
+        filter, with a plain resize and crop; ImageNet's where `processor` is `None`.
+
+        Args:
+            processor: A transformers image processor, or `None`.
+            image_size (`tuple[int, int]`, *optional*): Height and width.
+        """
+        changes: dict[str, Any] = {}
+        if processor is not None:
+            mean, std = _affine(processor)
+            # Images of any shape keep their proportions, as with the processors that pad or that have no fixed size.
+            changes = {"mean": mean, "std": std, "crop_pct": 1.0}
+            if getattr(processor, "do_pad", False):
+                changes["crop_mode"] = "border"
+            if getattr(processor, "resample", None) is not None:
+                changes["interpolation"] = _RESAMPLE_NAMES[int(processor.resample)]
+            size = getattr(processor, "size", None) or {}
+            height = size.get("height") or size.get("shortest_edge")
+            if image_size is None and height:
+                image_size = (height, size.get("width") or height)
+        return cls(**changes) if image_size is None else cls(image_size=image_size, **changes)
 
     def evaluation_transform(self) -> Callable[[Image.Image], Tensor]:
         """Resizes and crops a PIL image of mode RGB to a uint8 tensor 3 x H x W."""
@@ -145,8 +181,35 @@ class Preprocessing:
             normalize=False,
         )
 
+    def to_timm(self) -> dict[str, Any]:
+        """The fields of timm's `pretrained_cfg` that [`from_timm`] reads."""
+        fields = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+        return {"input_size": (3, *self.image_size), **{name: getattr(self, name) for name in fields}}
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def size_pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width of an image size that is given as one number or as two.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ValueError(f"`image_size` must be a number of pixels, or (height, width), got {size!r}.")
+    return sides
+
+
+def timm_image_size(model: nn.Module) -> tuple[int, int] | None:
+    """Height and width that a timm model was built for, or `None` if it was built for no size in particular."""
+    # timm notes what `img_size` a model was created with or set to, and whether it takes others.
+    traits = getattr(model, "_traits", {})
+    size = traits.get("img_size")
+    if size is None and traits.get("fixed_input_size", True):
+        size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    return None if size is None else size_pair(size)
 
 
 class Normalize(nn.Module):
@@ -192,7 +255,7 @@ def check_pixels(pixels: Any, name: str = "pixels", image_size: tuple[int, int] 
         raise ValueError(
             f"`{name}` must be images of {image_size[0]} x {image_size[1]} pixels, the size this model was built for, "
             f"got {pixels.shape[-2]} x {pixels.shape[-1]}. Give images of any size as PIL images, and they are "
-            "resized, or pass `preprocessing=` with another `image_size` to `get_autolora_model`."
+            "resized, or pass another `image_size=` to `get_autolora_model`."
         )
     if pixels.numel() == 0:
         raise ValueError(f"`{name}` is empty: shape {tuple(pixels.shape)}.")
@@ -249,10 +312,3 @@ def _crop_candidates(processor: Any, side: int) -> list[float]:
         # The size before the crop is recovered as floor(side / share), which a rounding error would make one less.
         shares.append(share if math.floor(side / share) == edge else math.nextafter(share, 0))
     return [share for share in shares if 0 < share <= 1.5]
-
-
-def _difference(preprocessing: Preprocessing, image: Image.Image, wanted: Tensor) -> float:
-    """Mean difference between `wanted` and what `preprocessing` makes of `image`, in 1/255 of the pixel range."""
-    normalize = Normalize(preprocessing)
-    made = normalize(preprocessing.evaluation_transform()(image)[None].float() / 255)
-    return ((made - wanted).abs() * normalize.std).mean().item() * 255

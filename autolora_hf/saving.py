@@ -35,6 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import backbones, targets
+from .attacks.pgd import forget_cached
 from .config import AUTOLORA_FIELDS, AutoLoraConfig
 from .layers import WeightLora, fold_factors, unfold_factors
 from .routes import NATURAL, ROBUST
@@ -106,10 +107,13 @@ def robust_tensors(model: AutoLoraModel) -> dict[str, Tensor]:
     return tensors
 
 
-def _digest_of_frozen(tensors: dict[str, Tensor], heads: list[str]) -> str:
+def _digest_of_frozen(tensors: dict[str, Tensor], heads: list[str], backbone: dict[str, Any]) -> str:
     """Identity of a backbone; without its head, which is made afresh for another number of classes."""
     prefixes = tuple(f"{head}." for head in heads)
-    return backbones.weights_digest({k: v for k, v in tensors.items() if not k.startswith(prefixes)})
+    # What was resampled for another image size differs in the last bit between processors.
+    resampled = backbone.get("resampled", ())
+    kept = {k: v for k, v in tensors.items() if not k.startswith(prefixes) and k not in resampled}
+    return backbones.weights_digest(kept)
 
 
 def loads_with_stock_peft(model: AutoLoraModel) -> bool:
@@ -171,6 +175,7 @@ def _save_base(model: AutoLoraModel, folder: Path) -> None:
         return
     if record["config"] is not None:
         config = dict(record["config"], num_classes=model.num_classes)
+        config["pretrained_cfg"] = {**config["pretrained_cfg"], **model.preprocessing.to_timm()}
         if model.label_names:
             config["label_names"] = model.label_names
         write_json(config, folder / BASE_CONFIG)
@@ -223,7 +228,7 @@ def _record(model: AutoLoraModel) -> dict[str, Any]:
     fields = {name: getattr(config, name) for name in (*AUTOLORA_FIELDS, *_LORA_FIELDS)}
     backbone = dict(model.backbone)
     if config.mode == "adapter":
-        backbone["weights_sha256"] = _digest_of_frozen(base_tensors(model), config.heads)
+        backbone["weights_sha256"] = _digest_of_frozen(base_tensors(model), config.heads, backbone)
     return {
         "schema_version": SCHEMA_VERSION,
         "config": {**fields, "target_modules": sorted(model.lora_layers())},
@@ -289,8 +294,8 @@ def check_backbone(backbone: nn.Module, record: dict[str, Any]) -> None:
             f"The saved model has {record['num_classes']} classes but the base model has {classes}. Create the base "
             f"model with {record['num_classes']} classes."
         )
-    digest = record["backbone"].get("weights_sha256")
-    if digest and digest != _digest_of_frozen(backbone.state_dict(), AutoLoraConfig(**record["config"]).heads):
+    digest, heads = record["backbone"].get("weights_sha256"), AutoLoraConfig(**record["config"]).heads
+    if digest and digest != _digest_of_frozen(backbone.state_dict(), heads, record["backbone"]):
         raise ValueError(
             "The adapter was trained on other weights than this base model has (their SHA-256 differ), so its robust "
             f"accuracy would not hold. It was trained on {record['backbone']['name_or_path'] or 'an unnamed model'} "
@@ -314,6 +319,7 @@ def load_weights(model: AutoLoraModel, directory: str | os.PathLike) -> None:
         for live, loaded, _ in parts:
             for name, tensor in live.items():
                 tensor.copy_(loaded[name])
+    forget_cached(model)
 
 
 def _load_base(model: AutoLoraModel, directory: Path) -> dict[str, Tensor]:

@@ -137,7 +137,7 @@ def test_every_timm_configuration_is_understood():
     class Holder(nn.Module):
         patch_embed = None
 
-    for name in timm.list_models():
+    for name in {*timm.list_models(), *timm.list_pretrained()}:
         config = timm.models.get_pretrained_cfg(name)
         if config is not None and config.input_size[0] == 3:
             holder = Holder()

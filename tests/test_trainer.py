@@ -601,7 +601,7 @@ def rows_of(dataset):
         ({"eval_strategy": "steps", "eval_steps": 5}, ["`eval_strategy='epoch'`", "'steps' and 'epoch'"]),
         ({"eval_strategy": "no", "load_best_model_at_end": False}, ["`eval_strategy='epoch'`", "'no'"]),
         ({"save_strategy": "no", "load_best_model_at_end": False}, ["`save_strategy='epoch'`", "'no'"]),
-        ({"activation_checkpointing": True}, ["`activation_checkpointing=True` is not supported"]),
+        ({"activation_checkpointing_kwargs": {"use_reentrant": True}}, ["Reentrant", "`use_reentrant=False`"]),
     ],
 )
 def test_bad_arguments_are_refused(tmp_path, changes, parts):

@@ -28,16 +28,32 @@ def attack_mode(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
+        forget_cached(model)
         for module, _ in modes:
             module.training = False
         for parameter in trainable:
             parameter.requires_grad_(False)
         yield
     finally:
+        forget_cached(model)
         for module, training in modes:
             module.training = training
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+def forget_cached(model: nn.Module) -> None:
+    """Drops what layers keep in eval mode of values computed from their weights; training flags stay as they are.
+
+    The attention of LeViT and its kin looks its biases up once, and only forgets them when it is told to train. After
+    a change of the weights they would be those of before.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    for module, _ in modes:
+        if type(module).train is not nn.Module.train:
+            module.train(True)
+    for module, training in modes:
+        module.training = training
 
 
 @dataclass
@@ -182,7 +198,12 @@ class PGD:
 
 def logits_of(output: Any) -> Tensor:
     """The logits tensor of a model output: a tensor, or anything with `.logits`."""
-    return output if isinstance(output, Tensor) else output.logits
+    if isinstance(output, Tensor):
+        return output
+    hidden = getattr(output, "last_hidden_state", None)
+    if not hasattr(output, "logits") and hidden is not None and hidden.ndim == 2:
+        return hidden  # PP-LCNet of transformers calls its logits so
+    return output.logits
 
 
 def random_perturbation(pixels: Tensor, threat_model: ThreatModel, generator: torch.Generator) -> Tensor:

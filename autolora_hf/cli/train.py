@@ -36,6 +36,10 @@ class ModelArguments:
     )
     r: int = field(default=8, metadata={"help": "Rank of the branches."})
     lora_alpha: int | None = field(default=None, metadata={"help": "Scale of a branch is lora_alpha / r."})
+    image_size: list[int] | None = field(
+        default=None,
+        metadata={"help": "Size of the images in pixels: one number, or height and width. Default: the checkpoint's."},
+    )
     head: str | None = field(default=None, metadata={"help": "Name of the classification layer, if it is not found."})
 
 
@@ -116,7 +120,12 @@ def run(argv: list[str]) -> None:
         lora_alpha=model_args.lora_alpha,
         head=model_args.head,
     )
-    model = get_autolora_model(model_args.model, config, num_classes=_number_of_classes(train, columns))
+    model = get_autolora_model(
+        model_args.model,
+        config,
+        num_classes=_number_of_classes(train, columns),
+        image_size=_image_size(model_args.image_size),
+    )
     trainer = AutoLoraTrainer(model, args, train_dataset=train, eval_dataset=validation)
     if test is not None:
         test = trainer.prepare_test_data(test)
@@ -141,6 +150,10 @@ def run(argv: list[str]) -> None:
         figures={"The training: validation accuracies, loss scalars, learning rate": CURVES},
     )
     print(f"\nSaved in {folder}/: the model, its card (README.md) and {CURVES}.")
+
+
+def _image_size(numbers: list[int] | None) -> int | list[int] | None:
+    return numbers[0] if numbers is not None and len(numbers) == 1 else numbers
 
 
 def _data_name(source: str) -> str:

@@ -12,7 +12,7 @@ from jinja2 import Environment, StrictUndefined
 
 from ..evaluation import RobustnessReport
 from ..modeling import AutoLoraModel
-from ..saving import base_tensors, robust_tensors, write_atomically
+from ..saving import base_tensors, loads_with_stock_peft, robust_tensors, write_atomically
 
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
@@ -60,6 +60,7 @@ def write_model_card(
         threat_model=model.threat_model,
         parameters=_backbone_parameters(model),
         adapter_parameters=_adapter_parameters(model),
+        stock_peft=_is_stock_adapter(model),
         own=own,
         reports=dict(reports),
         plan=dict(plan or {}),
@@ -89,10 +90,13 @@ def _adapter_parameters(model: AutoLoraModel) -> int:
     return sum(tensor.numel() for tensor in robust_tensors(model).values())
 
 
+def _is_stock_adapter(model: AutoLoraModel) -> bool:
+    return model.autolora_config.mode == "adapter" and loads_with_stock_peft(model)
+
+
 def _metadata(
     model: AutoLoraModel, report: RobustnessReport | None, dataset: str | None, license: str | None, name: str
 ) -> ModelCardData:
-    adapter = model.autolora_config.mode == "adapter"
     source = model.backbone["name_or_path"] or ""
     on_hub = source.count("/") == 1 and not os.path.exists(source)
     results = []
@@ -122,7 +126,10 @@ def _metadata(
                 metric_args=settings,
             ),
         ]
-    library = "peft" if adapter else {"timm": "timm", "transformers": "transformers"}[model.backbone["library"]]
+    if model.autolora_config.mode == "full":
+        library = model.backbone["library"]
+    else:
+        library = "peft" if loads_with_stock_peft(model) else "autolora_hf"
     return ModelCardData(
         library_name=library,
         pipeline_tag="image-classification",

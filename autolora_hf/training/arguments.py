@@ -8,6 +8,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from .. import checkpointing
 from ..attacks import PGD
 from ..config import PixelRadius, ThreatModel
 from ..objectives import OBJECTIVES
@@ -137,9 +138,23 @@ class AutoLoraTrainingArguments(TrainingArguments):
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # there is nothing to pin for, and torch would warn
         super().__post_init__()
-        if self.activation_checkpointing:
+        self._check_checkpointing()
+
+    def _check_checkpointing(self) -> None:
+        options = dict(self.activation_checkpointing_kwargs or {})
+        every_n_layers = options.pop("every_n_layers", 1)
+        options.pop("offload", None)
+        checkpointing.check_options(options, every_n_layers)
+        if self.activation_checkpointing and self.torch_compile:
             raise ValueError(
-                "`activation_checkpointing=True` is not supported yet: recomputed layers would run in the wrong route."
+                "`activation_checkpointing` and `torch_compile` do not go together: compiled code cannot go back to "
+                "the route of the layers it recomputes. Leave one of them out."
+            )
+        fsdp = self.fsdp_config if isinstance(self.fsdp_config, dict) else {}
+        if str(fsdp.get("activation_checkpointing", False)).lower() in ("true", "1"):
+            raise ValueError(
+                "`fsdp_config={'activation_checkpointing': ...}` is not possible: layers that FSDP recomputes would "
+                "not know their route. Use `activation_checkpointing=True` instead."
             )
 
     def resolve_optimizer(self, mode: str) -> None:
