@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from .attacks import PGD
     from .config import AutoLoraConfig, ThreatModel
     from .evaluation import RobustnessReport, evaluate_robustness
-    from .modeling import AutoLoraModel, get_autolora_model, load_autolora_model
+    from .factory import get_autolora_model, load_autolora_model
+    from .modeling import AutoLoraModel
     from .pixels import Preprocessing
     from .training import AutoLoraTrainer, AutoLoraTrainingArguments
 
@@ -28,8 +29,8 @@ _MODULES = {
     "RobustnessReport": "evaluation",
     "ThreatModel": "config",
     "evaluate_robustness": "evaluation",
-    "get_autolora_model": "modeling",
-    "load_autolora_model": "modeling",
+    "get_autolora_model": "factory",
+    "load_autolora_model": "factory",
 }
 
 __all__ = [

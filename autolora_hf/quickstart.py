@@ -32,9 +32,10 @@ from .evaluation import (
     evaluate_robustness,
     training_curves_figure,
 )
+from .factory import get_autolora_model, load_autolora_model
+from .files import write_json
 from .hub import write_model_card
-from .modeling import AutoLoraModel, get_autolora_model, load_autolora_model
-from .saving import write_json
+from .modeling import AutoLoraModel
 from .training import AutoLoraTrainer, AutoLoraTrainingArguments
 
 

@@ -15,14 +15,8 @@ was trained on top of the robust weights.
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import re
-import shutil
-import tempfile
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,13 +24,12 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import backbones, targets
 from .attacks.pgd import forget_cached
 from .config import AUTOLORA_FIELDS, AutoLoraConfig
+from .files import load_tensors, save_tensors, staged, write_json
 from .layers import WeightLora, fold_factors, unfold_factors
 from .routes import NATURAL, ROBUST
 
@@ -141,13 +134,13 @@ def save(model: AutoLoraModel, directory: str | os.PathLike) -> None:
         raise ValueError(f"`save_directory` must be a folder, but {directory} is a file.")
     earlier = _files_of_an_earlier_save(directory)
     with staged(directory, last=RECORD) as folder:
-        _save_tensors(natural_tensors(model), folder / NATURAL_WEIGHTS)
+        save_tensors(natural_tensors(model), folder / NATURAL_WEIGHTS)
         if model.autolora_config.mode == "full":
             _save_base(model, folder)
         elif loads_with_stock_peft(model):
             _save_adapter(model, folder)
         else:
-            _save_tensors(robust_tensors(model), folder / ROBUST_WEIGHTS)
+            save_tensors(robust_tensors(model), folder / ROBUST_WEIGHTS)
         write_json(_record(model), folder / RECORD)
         written = {file.name for file in folder.iterdir()}
     for file in earlier:
@@ -179,7 +172,7 @@ def _save_base(model: AutoLoraModel, folder: Path) -> None:
         if model.label_names:
             config["label_names"] = model.label_names
         write_json(config, folder / BASE_CONFIG)
-    _save_tensors(tensors, folder / BASE_WEIGHTS)
+    save_tensors(tensors, folder / BASE_WEIGHTS)
 
 
 def _save_adapter(model: AutoLoraModel, folder: Path) -> None:
@@ -207,7 +200,7 @@ def _save_adapter(model: AutoLoraModel, folder: Path) -> None:
     )
     mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
     stock.save_pretrained(str(folder), auto_mapping_dict=mapping)
-    _save_tensors(tensors, folder / ADAPTER_WEIGHTS)
+    save_tensors(tensors, folder / ADAPTER_WEIGHTS)
 
 
 def _matched_by_suffix(base: nn.Module, names: list[str], separator: str = ".") -> list[str] | None:
@@ -306,13 +299,13 @@ def check_backbone(backbone: nn.Module, record: dict[str, Any]) -> None:
 def load_weights(model: AutoLoraModel, directory: str | os.PathLike) -> None:
     """See [`AutoLoraModel.load_weights`]."""
     directory = Path(directory)
-    parts = [(natural_tensors(model), _load_tensors(directory / NATURAL_WEIGHTS), NATURAL_WEIGHTS)]
+    parts = [(natural_tensors(model), load_tensors(directory / NATURAL_WEIGHTS), NATURAL_WEIGHTS)]
     if model.autolora_config.mode == "full":
         parts.append((base_tensors(model), _load_base(model, directory), BASE_WEIGHTS))
     elif loads_with_stock_peft(model):
         parts.append((robust_tensors(model), _load_adapter(model, directory), ADAPTER_WEIGHTS))
     else:
-        parts.append((robust_tensors(model), _load_tensors(directory / ROBUST_WEIGHTS), ROBUST_WEIGHTS))
+        parts.append((robust_tensors(model), load_tensors(directory / ROBUST_WEIGHTS), ROBUST_WEIGHTS))
     for live, loaded, file in parts:
         _check_same_names(live, loaded, directory / file)
     with torch.no_grad():
@@ -323,7 +316,7 @@ def load_weights(model: AutoLoraModel, directory: str | os.PathLike) -> None:
 
 
 def _load_base(model: AutoLoraModel, directory: Path) -> dict[str, Tensor]:
-    tensors = _load_tensors(directory / BASE_WEIGHTS)
+    tensors = load_tensors(directory / BASE_WEIGHTS)
     record = model.backbone
     if (
         record["library"] == "transformers"
@@ -342,7 +335,7 @@ def _load_base(model: AutoLoraModel, directory: Path) -> dict[str, Tensor]:
 
 
 def _load_adapter(model: AutoLoraModel, directory: Path) -> dict[str, Tensor]:
-    tensors = _load_tensors(directory / ADAPTER_WEIGHTS)
+    tensors = load_tensors(directory / ADAPTER_WEIGHTS)
     if model.autolora_config.layout == "released":
         for name, layer in model.lora_layers().items():
             keys = [f"{PEFT_PREFIX}{name}.{side}.weight" for side in ("lora_A", "lora_B")]
@@ -366,62 +359,3 @@ def _check_same_names(live: dict[str, Tensor], loaded: dict[str, Tensor], file: 
             f"{file} does not belong to this model ({'; '.join(problems)}). Nothing was loaded. It was saved from "
             "another architecture, number of classes or AutoLoraConfig."
         )
-
-
-# ---- files ----
-
-
-@contextmanager
-def staged(directory: Path, last: str) -> Iterator[Path]:
-    """A folder to write into; on success its files move to `directory` one by one, `last` being the final one.
-
-    A reader that finds `last` therefore finds everything, and an interrupted writer leaves no partial file. An older
-    `last` goes before the first file comes, so that old and new files are never taken for one model.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
-    try:
-        yield folder
-        (directory / last).unlink(missing_ok=True)
-        umask = os.umask(0)
-        os.umask(umask)
-        for file in sorted(folder.iterdir(), key=lambda path: path.name == last):
-            file.chmod(0o666 & ~umask)  # temporary files are private; saved ones follow the user's umask
-            os.replace(file, directory / file.name)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Writes `content` to `path`, creating its folder; a reader sees the old file or the new one, never a part."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(content: Any, path: str | os.PathLike) -> None:
-    """[`write_atomically`] of `content` as JSON."""
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
-
-
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    # Clones: safetensors refuses tensors that share memory.
-    copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    save_file(copies, path, metadata={"format": "pt"})
-
-
-def _load_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: the saved model is incomplete.")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or truncated and was not loaded ({error}).") from error

@@ -11,11 +11,21 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny_models import MODELS, MODES, VARIANTS, change_everything, pixels
+from tiny_models import IMAGE_SIZE, MODELS, MODES, VARIANTS, change_everything, pixels
 from torch import nn
 
-from autolora_hf import AutoLoraConfig, Preprocessing, ThreatModel, get_autolora_model, load_autolora_model, saving
+from autolora_hf import (
+    AutoLoraConfig,
+    Preprocessing,
+    ThreatModel,
+    files,
+    get_autolora_model,
+    load_autolora_model,
+    saving,
+)
+from autolora_hf.pixels import Normalize
 
 
 ADAPTERS = ("timm_resnet", "hf_vit")  # one of each library where the rest makes no difference
@@ -502,7 +512,7 @@ def test_a_failed_save_leaves_the_old_files(saved, monkeypatch, fails_at):
         return save_file(*args, **kwargs)
 
     change_everything(model, seed=3)
-    monkeypatch.setattr(saving, "save_file", failing)
+    monkeypatch.setattr(files, "save_file", failing)
     # transformers writes the base model of mode `full` itself.
     monkeypatch.setattr(type(model.get_base_model()), "save_pretrained", failing, raising=False)
     with pytest.raises(OSError, match="No space left"):
@@ -527,7 +537,7 @@ def test_a_save_that_is_killed_between_two_files_is_never_loaded(saved, monkeypa
                 raise KeyboardInterrupt
         move(source, target)
 
-    monkeypatch.setattr(saving.os, "replace", killed)
+    monkeypatch.setattr(files.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         model.save_pretrained(folder)
     monkeypatch.undo()
@@ -543,7 +553,7 @@ def test_a_failed_first_save_leaves_nothing_to_load(tmp_path, monkeypatch):
     def failing(*args, **kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(saving, "save_file", failing)
+    monkeypatch.setattr(files, "save_file", failing)
     with pytest.raises(OSError, match="No space left"):
         model.save_pretrained(tmp_path / "model")
     assert list((tmp_path / "model").iterdir()) == []
@@ -571,3 +581,41 @@ def test_saving_another_mode_takes_the_old_weights_away(tmp_path):
     tiny.adapted(mode="full").save_pretrained(tmp_path)
     assert not (tmp_path / "adapter_model.safetensors").exists()
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_an_adapter_that_stock_peft_cannot_express(tmp_path):
+    """A branch on a depthwise convolution: our own file, exact, and nothing that stock PEFT would read wrongly."""
+
+    def convnext():
+        torch.manual_seed(0)
+        network = timm.create_model("test_convnext", num_classes=4)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter += 0.05 * torch.randn_like(parameter)
+        return network.eval()
+
+    tiny = Preprocessing((IMAGE_SIZE, IMAGE_SIZE))
+    stock, ours = tmp_path / "stock", tmp_path / "ours"
+    for folder, config in ((stock, {}), (ours, {"target_modules": "all"})):
+        model = get_autolora_model(convnext(), AutoLoraConfig(mode="adapter", **config), preprocessing=tiny)
+        depthwise = [name for name in model.lora_layers() if name.endswith("conv_dw")]
+        assert bool(depthwise) == (folder == ours)
+        change_everything(model)
+        model.save_pretrained(folder)
+        loaded = load_autolora_model(folder, base_model=convnext())
+        assert same(copied_state(loaded), copied_state(model))
+        assert same(logits(loaded), logits(model))
+        expected = logits(model)["robust"]
+        with torch.no_grad():
+            merged = model.merge_and_unload()(Normalize(tiny)(pixels()))
+        torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)
+    assert (stock / "adapter_config.json").exists() and not (stock / saving.ROBUST_WEIGHTS).exists()
+    assert (ours / saving.ROBUST_WEIGHTS).exists() and not (ours / "adapter_config.json").exists()
+    with torch.no_grad():
+        theirs = PeftModel.from_pretrained(convnext(), stock).eval()(Normalize(tiny)(pixels()))
+    torch.testing.assert_close(theirs, logits(load_autolora_model(stock, base_model=convnext()))["robust"])
+
+    # One kind over the other leaves no file that belongs to no model.
+    load_autolora_model(ours, base_model=convnext()).save_pretrained(stock)
+    assert not (stock / "adapter_config.json").exists() and not (stock / "adapter_model.safetensors").exists()
+    load_autolora_model(stock, base_model=convnext())

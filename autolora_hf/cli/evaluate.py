@@ -9,7 +9,7 @@ from ..attacks import PGD
 from ..config import ThreatModel, radius_argument
 from ..data import as_pixel_dataset, check_class_names
 from ..evaluation import evaluate_robustness
-from ..modeling import load_autolora_model
+from ..factory import load_autolora_model
 from .data import open_data
 from .display import show_progress
 

@@ -12,8 +12,8 @@ from transformers import HfArgumentParser, TrainingArguments
 from ..config import AutoLoraConfig, PixelRadius, radius_argument
 from ..data import as_pixel_dataset
 from ..evaluation import training_curves_figure
+from ..factory import get_autolora_model
 from ..hub import write_model_card
-from ..modeling import get_autolora_model
 from ..quickstart import CURVES, REPORT
 from ..training import AutoLoraTrainer, AutoLoraTrainingArguments
 from .data import open_data

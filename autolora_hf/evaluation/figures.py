@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks import attack_mode
+from ..files import write_atomically
 from ..pixels import check_pixels
-from ..saving import write_atomically
 from .robustness import AttackView
 
 

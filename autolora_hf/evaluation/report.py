@@ -14,7 +14,7 @@ from typing import Any, Literal
 from scipy.stats import binomtest
 
 from ..config import ThreatModel
-from ..saving import write_atomically
+from ..files import write_atomically
 
 
 Protocol = Literal["autoattack", "autoattack-reduced", "custom"]

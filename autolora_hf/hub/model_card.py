@@ -11,8 +11,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
 from ..evaluation import RobustnessReport
+from ..files import write_atomically
 from ..modeling import AutoLoraModel
-from ..saving import base_tensors, loads_with_stock_peft, robust_tensors, write_atomically
+from ..saving import base_tensors, loads_with_stock_peft, robust_tensors
 
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")

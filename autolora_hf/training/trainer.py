@@ -26,12 +26,13 @@ from ..data import (
     stratified_split,
 )
 from ..evaluation import RobustnessReport, evaluate_robustness
+from ..factory import get_autolora_model
+from ..files import write_atomically, write_json
 from ..frozen import FrozenRoute
-from ..modeling import AutoLoraModel, get_autolora_model
+from ..modeling import AutoLoraModel
 from ..objectives import OBJECTIVES, Batch
 from ..pixels import Normalize
 from ..routes import NATURAL, ROBUST
-from ..saving import write_atomically, write_json
 from ..schedules import PlateauHalving, default_checkpoints, default_epochs
 from .arguments import AutoLoraTrainingArguments
 from .progress import EpochTableCallback
