@@ -114,6 +114,11 @@ def problem_at(model: nn.Module, size: tuple[int, int]) -> Exception | None:
     try:
         logits = logits_of(output)
     except AttributeError:
+        if isinstance(output, tuple):
+            return TypeError(
+                f"it returns a tuple of {len(output)} instead of logits: create it without auxiliary classifiers, as "
+                "with `aux_logits=False`"
+            )
         return TypeError(f"it returns {type(output).__name__}, which has no logits: it is not an image classifier")
     classes = num_classes_of(model)
     if classes and tuple(logits.shape) != (1, classes):
