@@ -13,6 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from . import checkpointing
 from .attacks.pgd import forget_cached, logits_of
+from .layers import weight_name
 from .routes import ROBUST
 
 
@@ -69,7 +70,8 @@ class FrozenRoute(nn.Module):
             source, layer, adapters = self._sources[name]
             tensors = dict(source.named_parameters(recurse=False)) | dict(source.named_buffers(recurse=False))
             for adapter in adapters:
-                tensors["weight"] = tensors["weight"] + layer.get_delta_weight(adapter).to(tensors["weight"].dtype)
+                key = weight_name(source)
+                tensors[key] = tensors[key] + layer.get_delta_weight(adapter).to(tensors[key].dtype)
             if name in self._norms:
                 norm = self._norms[name]
                 statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)

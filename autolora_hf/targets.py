@@ -8,6 +8,7 @@ or `nn.ModuleList`), so never on the stem.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -156,8 +157,14 @@ def watch_layers(model: nn.Module, example: Tensor) -> dict[str, Use]:
         example (`Tensor`): One normalised image, 1 x 3 x H x W.
     """
     uses, replaced = {}, []
+    paths = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     for name, module in list(model.named_modules()):
-        if _can_carry(module) and not isinstance(_parent(model, name), (nn.MultiheadAttention, _Watched)):
+        # A layer that sits in several places would get a branch in only one of them.
+        if (
+            paths[id(module)] == 1
+            and _can_carry(module)
+            and not isinstance(_parent(model, name), (nn.MultiheadAttention, _Watched))
+        ):
             uses[name] = Use()
             replaced.append((_parent(model, name), name.rpartition(".")[2], module))
             replaced[-1][0]._modules[replaced[-1][1]] = _Watched(module, uses[name])
@@ -226,7 +233,6 @@ def resolve_targets(
         ValueError: If there is no such layer.
     """
     modules = dict(model.named_modules())
-    # Some models use one layer under two names.
     uses = {name: use for name, use in uses.items() if (use.called or use.read) and name not in heads}
     blocks = block_names(model)
 
@@ -288,7 +294,8 @@ def requested_targets(
     if unable:
         described = [f"{name} ({type(modules[name]).__name__})" for name in unable]
         raise ValueError(
-            f"`target_modules` names layers that cannot carry a branch: {_listed(described)}. Those that can: "
+            f"`target_modules` names layers that cannot carry a branch, since they are of another kind or sit in "
+            f"several places of the model: {_listed(described)}. Those that can: "
             f"{_listed([name for name in uses if name not in heads])}."
         )
     unused = [name for name in found if not (uses[name].called or uses[name].read)]

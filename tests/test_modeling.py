@@ -191,6 +191,44 @@ def test_target_modules_can_be_chosen():
     assert model.lora_layers().keys() == linears - {"head"}
 
 
+class _Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.MultiheadAttention(64, 2, batch_first=True)
+
+    def forward(self, x, **kwargs):
+        return self.inner(x, x, x, need_weights=False)[0]
+
+
+def unlike_blocks():
+    """A ViT with an `nn.MultiheadAttention`, and a layer that two blocks share."""
+    network = MODELS["timm_vit"].fresh()
+    network.blocks[0].attn = _Attention()
+    network.blocks[1].mlp.fc1 = network.blocks[0].mlp.fc1
+    return network.eval()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mode", MODES)
+def test_attention_as_one_module_and_shared_layers(mode, layout):
+    config = AutoLoraConfig(mode=mode, layout=layout, target_modules="all")
+    model = get_autolora_model(unlike_blocks(), config)
+    names = model.lora_layers().keys()
+    assert "blocks.0.attn.inner" in names
+    # PEFT would give it a branch in one of its two places.
+    assert not {"blocks.0.mlp.fc1", "blocks.1.mlp.fc1"} & names
+    with pytest.raises(ValueError, match=r"several places of the model: blocks\.0\.mlp\.fc1"):
+        get_autolora_model(unlike_blocks(), AutoLoraConfig(mode=mode, target_modules=["blocks.0.mlp.fc1"]))
+    change_everything(model)
+    with torch.no_grad():
+        outputs = {route: model.pixel_space(route)(pixels()) for route in ("robust", "natural")}
+        for route, expected in outputs.items():
+            torch.testing.assert_close(FrozenRoute(model, route)(pixels()), expected, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(outputs["robust"], outputs["natural"], atol=1e-3)
+        images = model.pixel_space().normalize(pixels())
+        torch.testing.assert_close(model.merge_and_unload()(images), outputs["robust"], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_the_head_can_be_named(name):
     assert MODELS[name].adapted(head=MODELS[name].head).autolora_config.head == MODELS[name].head

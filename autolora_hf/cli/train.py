@@ -40,7 +40,14 @@ class ModelArguments:
         default=None,
         metadata={"help": "Size of the images in pixels: one number, or height and width. Default: the checkpoint's."},
     )
-    head: str | None = field(default=None, metadata={"help": "Name of the classification layer, if it is not found."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout in the branches, with --layout peft only."})
+    target_modules: str | None = field(
+        default=None,
+        metadata={
+            "help": "Layers that get a branch: 'all', 'all-linear' or a regular expression. Default: 'all', in mode "
+            "adapter without those that PEFT alone could not load."
+        },
+    )
 
 
 @dataclass
@@ -118,7 +125,8 @@ def run(argv: list[str]) -> None:
         norm=model_args.norm,
         r=model_args.r,
         lora_alpha=model_args.lora_alpha,
-        head=model_args.head,
+        lora_dropout=model_args.lora_dropout,
+        target_modules=model_args.target_modules,
     )
     model = get_autolora_model(
         model_args.model,
