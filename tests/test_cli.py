@@ -60,7 +60,7 @@ def test_unknown_command_is_wrong_usage(capsys):
         (["--train-data", "images/train", "--eps", "8"], "Did you mean 8/255"),
         (["--train-data", "images/train", "--test-data", "images/train"], "shares images with the training data"),
         (["--train-data", "images/train", "--model", "resnet51"], "Did you mean"),
-        (["--train-data", "images/train", "--target-modules", "nothing.*"], "'nothing.*' matches no layer"),
+        (["--train-data", "images/train", "--target-modules", "nothing.*"], "'nothing.*'` matches no layer"),
         (["--train-data", "images/train", "--lora-dropout", "0.1"], "needs `layout='peft'`"),
     ],
 )
