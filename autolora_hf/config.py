@@ -166,6 +166,11 @@ class AutoLoraConfig(LoraConfig):
                 "is saved, in mode 'adapter' the head and the BatchNorm layers are added by themselves. Use `head` to "
                 "name the classification layer."
             )
+        if self.layout == "released" and self.init_lora_weights is not True:
+            raise ValueError(
+                f"`init_lora_weights={self.init_lora_weights!r}` needs `layout='peft'`: the released layout starts "
+                "with A ~ N(0, 1) and B = 0, as in the paper's code."
+            )
         if self.layout == "released" and self.lora_dropout:
             raise ValueError(
                 f"`lora_dropout={self.lora_dropout}` needs `layout='peft'`: the released layout is a change of the "

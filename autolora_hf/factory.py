@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from peft.tuners.lora.layer import LoraLayer
-from torch import nn
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 
 from . import backbones, inputs, saving, targets
-from .attacks.pgd import attack_mode, forget_cached
+from .attacks.pgd import attack_mode, forget_cached, logits_of
 from .config import AutoLoraConfig, ThreatModel
 from .modeling import AutoLoraModel
 from .pixels import Preprocessing, size_pair
 from .routes import NATURAL, ROBUST
+
+
+logger = logging.getLogger(__name__)
 
 
 def get_autolora_model(
@@ -62,7 +66,7 @@ def get_autolora_model(
             f"`num_classes={num_classes}`, but the model has {backbones.num_classes_of(model)} classes. Create the "
             "model with the right number: `num_classes` only applies to checkpoint names."
         )
-    if isinstance(model, nn.Module) and any(isinstance(module, LoraLayer) for module in model.modules()):
+    if isinstance(model, nn.Module) and any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError("The model already carries adapters: merge or unload them first.")
     inputs.check_classifier(model)
     if label_names is not None and len(label_names) != backbones.num_classes_of(model):
@@ -91,6 +95,21 @@ def get_autolora_model(
     stock_layers = frozenset(name for name, use in uses.items() if targets.in_stock_peft(modules[name], use))
     backbone = backbones.describe_backbone(model, name, revision, image_size)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if config.mode == "full" and not trainable:
+        raise ValueError(
+            "Every parameter of the model is frozen, so the robust route could not learn anything: call "
+            "`model.requires_grad_(True)`, or use `AutoLoraConfig(mode='adapter')`, which trains an adapter on it."
+        )
+    hidden = targets.hidden_head_layers(model, config.heads, config.target_modules)
+    if config.mode == "adapter" and hidden:
+        logger.warning(
+            "%s stays frozen in mode 'adapter', though it belongs to the classifier. If it was made afresh for your "
+            "classes, train it too: `AutoLoraConfig(head=%r)`.",
+            ", ".join(hidden),
+            [*hidden, *config.heads],
+        )
+    with attack_mode(model), torch.no_grad():
+        expected = logits_of(model(example))
     adapted = AutoLoraModel(
         model,
         config,
@@ -103,6 +122,8 @@ def get_autolora_model(
     try:
         with torch.enable_grad(), _eval(adapted), adapted.route(NATURAL):
             targets.check_alive(adapted, example)
+        if config.init_lora_weights is not False:
+            _check_start(adapted, example, expected)
     except ValueError:
         # Give the caller's model back as it was.
         adapted._unwrap(keep_saved=False)
@@ -110,6 +131,21 @@ def get_autolora_model(
             parameter.requires_grad_(True)
         raise
     return adapted
+
+
+@torch.no_grad()
+def _check_start(model: AutoLoraModel, example: Tensor, expected: Tensor) -> None:
+    """Raises `ValueError` unless both routes still compute what the backbone does."""
+    for route in (NATURAL, ROBUST):
+        with _eval(model), model.route(route):
+            found = logits_of(model(example))
+        scale = expected.abs().max().clamp(min=1)
+        if not torch.allclose(found / scale, expected / scale, rtol=0, atol=1e-2, equal_nan=True):
+            raise ValueError(
+                f"This model cannot have two exact routes: at the start its {route} route computes something else "
+                "than the model itself. It does more with its layers than to call them or to read their weights; pass "
+                "the layers that it uses plainly as `AutoLoraConfig(target_modules=[...])`."
+            )
 
 
 def load_autolora_model(

@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,15 +54,9 @@ class AutoLoraModel(PeftModel):
         self._check_norm_mode(config, norms)
         self._check_dropout(config, stock_layers)
 
-        def layer(target: nn.Module, adapter_name: str, *, target_name: str, **kwargs: Any) -> WeightLora | None:
-            # `None`: PEFT's own layer.
-            if config.layout == "peft" and target_name in stock_layers:
-                return None
-            return WeightLora(target, adapter_name, layout=config.layout, **kwargs)
-
         def branch(**changes: Any) -> LoraConfig:
             lora = config.lora_config(target_modules=targets.exactly(config.target_modules), **changes)
-            lora._register_custom_module({nn.Module: layer})
+            lora._register_custom_module({nn.Module: partial(_branch_layer, config.layout, stock_layers)})
             return lora
 
         if config.mode == "full":
@@ -314,6 +309,15 @@ class AutoLoraModel(PeftModel):
             ValueError: If anything is missing, left over or of another shape; nothing is changed then.
         """
         saving.load_weights(self, directory)
+
+
+def _branch_layer(
+    layout: str, stock_layers: frozenset[str], target: nn.Module, adapter_name: str, *, target_name: str, **kwargs: Any
+) -> WeightLora | None:
+    """The layer with a branch around `target`; `None` for PEFT's own."""
+    if layout == "peft" and target_name in stock_layers:
+        return None
+    return WeightLora(target, adapter_name, layout=layout, **kwargs)
 
 
 class PixelModel(nn.Module):

@@ -196,7 +196,7 @@ def size_pair(size: int | Sequence[int]) -> tuple[int, int]:
     Raises:
         ValueError: If it is anything else.
     """
-    sides = (size, size) if isinstance(size, int) else tuple(size)
+    sides = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
         raise ValueError(f"`image_size` must be a number of pixels, or (height, width), got {size!r}.")
     return sides

@@ -15,6 +15,7 @@ was trained on top of the robust weights.
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 import re
 from pathlib import Path
@@ -30,13 +31,15 @@ from . import backbones, targets
 from .attacks.pgd import forget_cached
 from .config import AUTOLORA_FIELDS, AutoLoraConfig
 from .files import load_tensors, save_tensors, staged, write_json
-from .layers import WeightLora, fold_factors, unfold_factors
+from .layers import WeightLora, fold_factors, unfold_factors, weight_name
 from .routes import NATURAL, ROBUST
 
 
 if TYPE_CHECKING:
     from .modeling import AutoLoraModel
 
+
+logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 RECORD = "autolora_config.json"
@@ -117,7 +120,7 @@ def loads_with_stock_peft(model: AutoLoraModel) -> bool:
     told_apart = _matched_by_suffix(base, list(saved), separator="") is not None
     # Only a square kernel of the released layout has a counterpart in PEFT's.
     square = all(
-        len(set(layer.get_base_layer().weight.shape[2:])) <= 1
+        len(set(getattr(layer.get_base_layer(), weight_name(layer.get_base_layer())).shape[2:])) <= 1
         for layer in model.lora_layers().values()
         if isinstance(layer, WeightLora)
     )
@@ -133,13 +136,19 @@ def save(model: AutoLoraModel, directory: str | os.PathLike) -> None:
     if directory.is_file():
         raise ValueError(f"`save_directory` must be a folder, but {directory} is a file.")
     earlier = _files_of_an_earlier_save(directory)
-    with staged(directory, last=RECORD) as folder:
+    # A route may have its own norms in the place of the others: those of the deployed one are saved as the model's.
+    with model.route(ROBUST), staged(directory, last=RECORD) as folder:
         save_tensors(natural_tensors(model), folder / NATURAL_WEIGHTS)
         if model.autolora_config.mode == "full":
             _save_base(model, folder)
         elif loads_with_stock_peft(model):
             _save_adapter(model, folder)
         else:
+            logger.warning(
+                "Stock PEFT has no exact LoRA layer for every branch of this adapter, so it is saved as %s, which "
+                "`load_autolora_model` reads. `merge_and_unload()` gives a plain model.",
+                ROBUST_WEIGHTS,
+            )
             save_tensors(robust_tensors(model), folder / ROBUST_WEIGHTS)
         write_json(_record(model), folder / RECORD)
         written = {file.name for file in folder.iterdir()}
@@ -298,7 +307,12 @@ def check_backbone(backbone: nn.Module, record: dict[str, Any]) -> None:
 
 def load_weights(model: AutoLoraModel, directory: str | os.PathLike) -> None:
     """See [`AutoLoraModel.load_weights`]."""
-    directory = Path(directory)
+    with model.route(ROBUST):
+        _load_weights(model, Path(directory))
+    forget_cached(model)
+
+
+def _load_weights(model: AutoLoraModel, directory: Path) -> None:
     parts = [(natural_tensors(model), load_tensors(directory / NATURAL_WEIGHTS), NATURAL_WEIGHTS)]
     if model.autolora_config.mode == "full":
         parts.append((base_tensors(model), _load_base(model, directory), BASE_WEIGHTS))
@@ -312,7 +326,6 @@ def load_weights(model: AutoLoraModel, directory: str | os.PathLike) -> None:
         for live, loaded, _ in parts:
             for name, tensor in live.items():
                 tensor.copy_(loaded[name])
-    forget_cached(model)
 
 
 def _load_base(model: AutoLoraModel, directory: Path) -> dict[str, Tensor]:

@@ -95,18 +95,22 @@ def resolve_heads(model: nn.Module, example: Tensor) -> list[str]:
 
 
 def check_heads(model: nn.Module, wanted: list[str], example: Tensor) -> None:
-    """Raises `ValueError` unless `wanted` are the classification layers of `model`; see [`resolve_heads`]."""
+    """Raises `ValueError` unless `wanted` are the classification layers of `model`, see [`resolve_heads`], and perhaps
+    further layers of its classifier, such as the hidden ones of an MLP."""
     modules = dict(model.named_modules())
+    shown = wanted[0] if len(wanted) == 1 else wanted
+    if not wanted or len(set(wanted)) != len(wanted):
+        raise ValueError(f"`head={shown!r}` must name each classification layer once. Leave it out to have it found.")
     for name in wanted:
         if name not in modules:
             raise ValueError(f"`head={name!r}` is not a layer of {type(model).__name__}.")
     heads = resolve_heads(model, example)
-    if set(wanted) != set(heads):
-        wrong = [name for name in wanted if name not in heads] or wanted
-        kind = ", ".join(f"{name!r} is a {type(modules[name]).__name__}" for name in wrong)
+    wrong = [name for name in wanted if name not in heads and list(modules[name].children())]
+    if wrong or not set(heads) <= set(wanted):
+        kind = ", ".join(f"{name!r} is a {type(modules[name]).__name__}" for name in wrong or wanted)
         raise ValueError(
-            f"`head={wanted if len(wanted) > 1 else wanted[0]!r}` is not what gives the logits of "
-            f"{type(model).__name__}: {kind}; the logits come from {_listed(heads)}. Leave `head` out."
+            f"`head={shown!r}` is not what gives the logits of {type(model).__name__}: {kind}; the logits come from "
+            f"{_listed(heads)}. Leave `head` out, or name these and further layers of the classifier."
         )
 
 
@@ -157,14 +161,14 @@ def watch_layers(model: nn.Module, example: Tensor) -> dict[str, Use]:
         example (`Tensor`): One normalised image, 1 x 3 x H x W.
     """
     uses, replaced = {}, []
-    paths = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    # A layer that sits in several places would get a branch in only one of them, and a weight that two layers share
+    # would be changed for both when one is merged.
+    places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    places.update(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for name, module in list(model.named_modules()):
-        # A layer that sits in several places would get a branch in only one of them.
-        if (
-            paths[id(module)] == 1
-            and _can_carry(module)
-            and not isinstance(_parent(model, name), (nn.MultiheadAttention, _Watched))
-        ):
+        shared = places[id(module)] > 1 or any(places[id(p)] > 1 for p in module.parameters(recurse=False))
+        inside = isinstance(_parent(model, name), (nn.MultiheadAttention, _Watched))
+        if _can_carry(module) and not shared and not inside:
             uses[name] = Use()
             replaced.append((_parent(model, name), name.rpartition(".")[2], module))
             replaced[-1][0]._modules[replaced[-1][1]] = _Watched(module, uses[name])
@@ -181,7 +185,8 @@ def _can_carry(module: nn.Module) -> bool:
     if isinstance(module, nn.MultiheadAttention):
         return module.in_proj_weight is not None
     convolution = isinstance(module, nn.modules.conv._ConvNd) and not module.transposed
-    return (convolution or isinstance(module, nn.Linear)) and isinstance(module.weight, nn.Parameter)
+    # A parametrised weight is computed when it is read, which may change the layer's state.
+    return (convolution or isinstance(module, nn.Linear)) and module._parameters.get("weight") is not None
 
 
 def in_stock_peft(module: nn.Module, use: Use) -> bool:
@@ -273,13 +278,21 @@ def requested_targets(
     kind, modules = type(model).__name__, dict(model.named_modules())
     if requested == "all-linear":
         # PEFT would take timm's heads too.
-        return [name for name in uses if isinstance(modules[name], nn.Linear) and name not in heads]
+        linears = [name for name in uses if isinstance(modules[name], nn.Linear) and name not in heads]
+        if not linears:
+            raise ValueError(f"`target_modules='all-linear'`: {kind} has no linear layer besides its head.")
+        return linears
     if isinstance(requested, str):
-        found = [name for name in modules if re.fullmatch(requested, name)]
+        try:
+            found = [name for name in modules if re.fullmatch(requested, name)]
+        except re.error as error:
+            raise ValueError(f"`target_modules={requested!r}` is not a regular expression: {error}.") from error
         if not found:
             raise ValueError(f"`target_modules={requested!r}` matches no layer of {kind}.")
     else:
         requested = sorted(requested)
+        if not requested:
+            raise ValueError("`target_modules` is empty: leave it out, or name at least one layer.")
         found = [name for name in modules if any(f".{name}".endswith(f".{wanted}") for wanted in requested)]
         missing = [wanted for wanted in requested if not any(f".{name}".endswith(f".{wanted}") for name in modules)]
         if missing:
@@ -294,8 +307,8 @@ def requested_targets(
     if unable:
         described = [f"{name} ({type(modules[name]).__name__})" for name in unable]
         raise ValueError(
-            f"`target_modules` names layers that cannot carry a branch, since they are of another kind or sit in "
-            f"several places of the model: {_listed(described)}. Those that can: "
+            f"`target_modules` names layers that cannot carry a branch, since they are of another kind, or they or "
+            f"their weights sit in several places of the model: {_listed(described)}. Those that can: "
             f"{_listed([name for name in uses if name not in heads])}."
         )
     unused = [name for name in found if not (uses[name].called or uses[name].read)]
@@ -341,6 +354,8 @@ def check_alive(model: nn.Module, images: Tensor) -> None:
     owners = [(name, p) for name, parameters in factors.items() for p in parameters if p.requires_grad]
     try:
         loss = logits_of(model(images)).square().sum()
+    except ValueError:  # says what is wrong by itself
+        raise
     except Exception as error:
         raise ValueError(
             f"This architecture is not supported: its forward fails once its layers carry a branch "
@@ -354,6 +369,21 @@ def check_alive(model: nn.Module, images: Tensor) -> None:
             f"The logits do not depend on the weights of {_listed(dead)}, so their branches would be dead. Pass the "
             "other layers as `AutoLoraConfig(target_modules=[...])`."
         )
+
+
+def hidden_head_layers(model: nn.Module, heads: list[str], targets: list[str]) -> list[str]:
+    """Layers with weights that sit with the head, such as the hidden ones of an MLP, and are no target of a branch.
+
+    The library makes them afresh together with the head when the number of classes changes.
+    """
+    modules = dict(model.named_modules())
+    containers = {name.split(".")[0] for name in heads if "." in name}
+    containers -= {name.split(".")[0] for name in targets}
+    return [
+        name
+        for name, module in modules.items()
+        if name.split(".")[0] in containers and _can_carry(module) and name not in heads
+    ]
 
 
 def _parent(model: nn.Module, name: str) -> nn.Module:

@@ -115,7 +115,7 @@ def sweep(names: list[str], args: argparse.Namespace) -> dict[str, dict[str, Any
     code, results, waiting = source_digest(), {}, []
     for name in names:
         file = file_of(args.out, name)
-        stored = json.loads(file.read_text()) if file.exists() and not args.fresh else {}
+        stored = {} if args.fresh else stored_result(file)
         if stored.get("key") == key_of(ROWS[name], code):
             results[name] = stored
         else:
@@ -139,6 +139,14 @@ def sweep(names: list[str], args: argparse.Namespace) -> dict[str, dict[str, Any
         for process, _ in running.values():
             process.kill()
     return {name: results[name] for name in names}
+
+
+def stored_result(file: Path) -> dict[str, Any]:
+    """What an earlier sweep left; nothing if the file is not there or damaged."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def start(context: ForkServerContext, name: str, key: str, args: argparse.Namespace) -> BaseProcess:
@@ -256,8 +264,13 @@ def instance(row: dict[str, Any]) -> str:
     return f"`{row['model']}` ({', '.join(f'{key}={value}' for key, value in changes.items())})"
 
 
+def branches(result: dict[str, Any]) -> str:
+    count, share = result.get("branches", {}).get("full", (None, None))
+    return "-" if count is None else f"{count} ({share:.0%})"
+
+
 def table(results: list[dict[str, Any]]) -> list[str]:
-    titles = ["family", "instance", "M parameters", "pixels", *(c.replace("_", " ") for c in COLUMNS)]
+    titles = ["family", "instance", "M parameters", "pixels", "branches", *(c.replace("_", " ") for c in COLUMNS)]
     titles += ["stock PEFT", "s", "MiB"]
     lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
     for result in results:
@@ -270,6 +283,7 @@ def table(results: list[dict[str, Any]]) -> list[str]:
             instance(row),
             f"{result['parameters'] / 1e6:.2f}" if "parameters" in result else "-",
             "{} x {}".format(*row["image_size"]),
+            branches(result),
             *checks,
             "yes" if kind == "PASS" else f"no: {why}" if why else "-",
             f"{result['total_seconds']:.0f}",
@@ -304,6 +318,9 @@ def document(results: dict[str, dict[str, Any]]) -> str:
         "- *bfloat16*: both routes and the trainer run under bfloat16 autocast;\n"
         "- *stock loading*: an adapter on the default layers loads with stock `PeftModel.from_pretrained` and gives "
         'the same logits; "-" where a branch is on a layer that PEFT has no exact LoRA for.',
+        'A bfloat16 check is "-" where the bare model fails too. "Branches" counts the layers with a branch in mode '
+        "`full`, and their share of the weights of linear layers and convolutions besides the head. Other norm modes "
+        "and layouts and activation checkpointing are not part of the sweep, but of the test suite.",
         "*Stock PEFT* is `get_peft_model(model, LoraConfig(r=8, target_modules=..., modules_to_save=[head]))` on "
         "every `nn.Linear` and `nn.Conv2d` but the head. It passes if the model can be made, starts with the same "
         "logits, gives every LoRA tensor a gradient and merges to the same logits (1e-4). It is given the right "
@@ -438,6 +455,8 @@ def main() -> int:
     parser.add_argument("--fresh", action="store_true", help="check again what has been checked")
     parser.add_argument("--choose", action="store_true", help="choose the instances of timm anew, check nothing")
     args = parser.parse_args()
+    if args.workers < 1:
+        parser.error("--workers must be at least 1")
     if args.choose:
         choose_all()
         return 0

@@ -20,7 +20,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ from autolora_hf import (
 )
 from autolora_hf.attacks.pgd import attack_mode
 from autolora_hf.frozen import FrozenRoute
+from autolora_hf.objectives import Batch
 
 
 TABLE = Path(__file__).with_name("coverage_rows.json")
@@ -298,10 +299,24 @@ def check_start(case: Case, dtype: torch.dtype = torch.float32) -> None:
         with torch.no_grad():
             expected = logits_of(case.bare(case.images))
         assert expected.isfinite().all(), "the bare model's logits are not finite"
+        count, share = branches_of(case.model)
+        assert share >= 0.5, f"{count} branches on {share:.0%} of the weights of layers"
         if difference(expected[:1], expected[1:]) < TOLERANCE:
             case.notes.append("the bare model's logits hardly depend on the image")
         for route, logits in case.logits().items():
             assert_close(logits, expected, f"{route} route and bare model")
+
+
+def branches_of(model: AutoLoraModel) -> tuple[int, float]:
+    """How many layers carry a branch, and their share of the weights of linear layers and convolutions."""
+    kinds = (nn.Linear, nn.modules.conv._ConvNd)
+    own = {id(module) for head in model.heads for module in head.modules()}
+    layers = [m for m in model.get_base_model().modules() if isinstance(m, kinds) and id(m) not in own]
+    carrying = {id(layer.get_base_layer()): layer for layer in model.lora_layers().values()}
+    inner = {id(m) for layer in carrying.values() for side in (layer.lora_A, layer.lora_B) for m in side.modules()}
+    total = sum(layer.weight.numel() for layer in layers if id(layer) not in inner)
+    found = sum(layer.weight.numel() for layer in layers if id(layer) in carrying)
+    return len(carrying), round(found / max(total, 1), 3)
 
 
 def check_attack(case: Case) -> None:
@@ -324,26 +339,31 @@ def check_attack(case: Case) -> None:
 
 
 def check_follows(case: Case, dtype: torch.dtype = torch.float32) -> None:
-    """An attack sees the weights as they are now, not what an earlier pass in eval mode has kept of them."""
-    with case.precision(dtype):
-        model = case.model.train()
-        frozen = FrozenRoute(model)
+    """An attack sees the weights as they are now, branches too, on the model and on its frozen copy."""
+    with case.precision(dtype), torch.no_grad():
+        case = replace(case, model=copy.deepcopy(case.model).train())
+        case.pixels = case.pixels.to(dtype)
+        model = case.model
+        frozen = {route: FrozenRoute(model, route) for route in ROUTES}
+        with attack_mode(model):
+            model.pixel_space("robust")(case.pixels)
+        for copied in frozen.values():
+            copied(case.pixels)
+        perturb(model)
         generator = torch.Generator().manual_seed(2)
-        with torch.no_grad():
-            with attack_mode(model):
-                model.pixel_space("robust")(case.pixels)
-            frozen(case.pixels)
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter *= 1 + 0.05 * torch.randn(parameter.shape, generator=generator)
-            with attack_mode(model):
-                live = model.pixel_space("robust")(case.pixels)
-            copied = frozen.refresh()(case.pixels)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter *= 1 + 0.05 * torch.randn(parameter.shape, generator=generator)
+        with attack_mode(model):
+            live = {route: model.pixel_space(route)(case.pixels) for route in ROUTES}
         # Layers that keep something in eval mode forget it when they are told to train.
         model.train()
-        expected = case.logits()["robust"]
-        assert_close(live, expected, "live model after its weights changed")
-        assert_close(copied, expected, "frozen copy after the weights changed", FOLDED_TOLERANCE)
+        expected = case.logits()
+        assert not torch.equal(expected["robust"], expected["natural"]), "branches make no difference"
+        for route in ROUTES:
+            assert_close(live[route], expected[route], f"{route} route after the weights changed")
+            found = frozen[route].refresh()(case.pixels)
+            assert_close(found, expected[route], f"frozen {route} route after the weights changed", FOLDED_TOLERANCE)
 
 
 def check_step(case: Case) -> None:
@@ -388,7 +408,28 @@ def train(case: Case, **options: Any) -> None:
         )
         trainer = AutoLoraTrainer(case.model, args, Pictures(BATCH, size, 0), Pictures(BATCH, size, 1))
         trainer.pop_callback(transformers.PrinterCallback)
+        batches, objective = [], trainer.objective
+
+        class Recording(type(objective)):
+            """The objective of the trainer, which also keeps what it is given."""
+
+            def __call__(self, forward: Any, batch: Batch, scalars: Any) -> Any:
+                loss = {}
+                with attack_mode(case.model), torch.no_grad():
+                    for kind, pixels in (("clean", batch.pixels), ("adversarial", batch.adversarial)):
+                        logits = case.model.pixel_space("robust")(pixels).float()
+                        loss[kind] = F.cross_entropy(logits, batch.labels).item()
+                batches.append((batch, loss))
+                return super().__call__(forward, batch, scalars)
+
+        trainer.objective = Recording()
         trainer.train()
+        assert len(batches) == 1, f"{len(batches)} batches in one step"
+        batch, loss = batches[0]
+        change = (batch.adversarial - batch.pixels).abs().max().item()
+        assert 0 < change <= args.threat_model.eps + 1e-6, f"adversarial images are {change:.3g} away"
+        if loss["adversarial"] <= loss["clean"]:
+            case.notes.append("two steps of PGD did not raise the loss of the robust route")
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         assert trainer.state.global_step == 1 and len(losses) == 1, f"{trainer.state.global_step} steps, not 1"
         assert np.isfinite(losses).all(), f"the loss is {losses[0]}"
@@ -621,6 +662,7 @@ def check_mode(row: Row, bare: nn.Module, mode: str, folder: Path, result: dict[
             return []
     case = Case(row, mode, bare, model, folder / mode)
     case.folder.mkdir()
+    result.setdefault("branches", {})[mode] = branches_of(model)
     for name, check in CHECKS.items():
         with timed(result, f"{mode}/{name}"):
             outcomes[name] = run(check, case)

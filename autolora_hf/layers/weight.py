@@ -20,6 +20,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 
+def _is_hooked(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
+
+
 def weight_name(layer: nn.Module) -> str:
     """Name of the parameter of `layer` that a branch changes."""
     return "in_proj_weight" if isinstance(layer, nn.MultiheadAttention) else "weight"
@@ -142,7 +146,7 @@ class WeightLora(nn.Module, LoraLayer):
             return base_layer(*args, **kwargs)
         weight = self.weight
         # The two common kinds, without the overhead of the general way.
-        if len(args) == 1 and not kwargs:
+        if len(args) == 1 and not kwargs and not _is_hooked(base_layer):
             if type(base_layer).forward is nn.Linear.forward:
                 return F.linear(args[0], weight, base_layer.bias)
             if type(base_layer).forward is nn.Conv2d.forward:

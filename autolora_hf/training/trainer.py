@@ -219,7 +219,7 @@ class AutoLoraTrainer(Trainer):
 
         def forward(route: str, images: Tensor) -> Tensor:
             with model.route(route):
-                return logits_of(model(self._normalize(images)))
+                return logits_of(model(self._images(model, images)))
 
         adversarial = None
         if self.objective.needs_adversarial:
@@ -229,6 +229,10 @@ class AutoLoraTrainer(Trainer):
         for name, value in output.terms.items():
             self._terms[name].append(value)
         return output.loss
+
+    def _images(self, model: AutoLoraModel, pixels: Tensor) -> Tensor:
+        """Pixels as the model takes them: normalised, in its precision."""
+        return self._normalize(pixels).to(next(model.parameters()).dtype)
 
     def _attack(
         self, model: AutoLoraModel, attack: PGD, pixels: Tensor, labels: Tensor, generator: torch.Generator
@@ -268,11 +272,11 @@ class AutoLoraTrainer(Trainer):
         with self.compute_loss_context_manager():
             adversarial = self._attack(model, self._eval_attack, pixels, labels, self._eval_generator)
             with torch.no_grad():
-                images = self._normalize(pixels)
+                images = self._images(model, pixels)
                 with model.route(NATURAL):
                     natural = logits_of(model(images))
                 with model.route(ROBUST):
-                    clean, robust = logits_of(model(images)), logits_of(model(self._normalize(adversarial)))
+                    clean, robust = logits_of(model(images)), logits_of(model(self._images(model, adversarial)))
         loss = F.cross_entropy(robust.float(), labels)
         if prediction_loss_only:
             return loss, None, None
@@ -311,7 +315,7 @@ class AutoLoraTrainer(Trainer):
         with attack_mode(model), model.route(NATURAL):
             for inputs in self.get_eval_dataloader(plain):
                 inputs = self._prepare_inputs(inputs)
-                predictions = logits_of(model(self._normalize(inputs["pixel_values"]))).argmax(-1)
+                predictions = logits_of(model(self._images(model, inputs["pixel_values"]))).argmax(-1)
                 hit = self.accelerator.gather_for_metrics(predictions == inputs["labels"])
                 hits, total = hits + hit.sum().item(), total + len(hit)
         return hits / total
