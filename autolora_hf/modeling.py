@@ -78,6 +78,12 @@ class AutoLoraModel(PeftModel):
         self.num_classes = backbones.num_classes_of(model)
         self.natural_norms = nn.ModuleDict()
         self._restore_trainable(trainable)
+        # New modules start in train mode, whatever mode the model is in.
+        for layer in self.lora_layers().values():
+            layer.train(layer.get_base_layer().training)
+        for name in self._saved_modules():
+            wrapper = model.get_submodule(name)
+            wrapper.train(wrapper.original_module.training)
         self._switch = self._build_routes(norms)
 
     @staticmethod

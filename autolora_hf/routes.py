@@ -105,13 +105,14 @@ class RouteSwitch:
             layer._disable_adapters = not route.adapters
             if route.adapters:
                 layer._active_adapter = list(route.adapters)
-        for parent, child, _, replacement in route.swapped:
-            parent._modules[child] = replacement
+        for parent, child, original, replacement in route.swapped:
+            # What is not in the model is not reached by its `train()` and `eval()`.
+            parent._modules[child] = replacement.train(original.training)
 
     def _leave(self, name: str) -> None:
         route = self.routes[name]
-        for parent, child, original, _ in route.swapped:
-            parent._modules[child] = original
+        for parent, child, original, replacement in route.swapped:
+            parent._modules[child] = original.train(replacement.training)
 
     def _keep_statistics(self, modules: list[nn.Module]) -> None:
         """Lets `modules` work on copies of their buffers from now on; the buffers kept so far come back."""

@@ -10,7 +10,14 @@ from peft.tuners.lora.layer import LoraLayer
 from tiny_models import IMAGE_SIZE, LAYOUTS, MODELS, MODES, VARIANTS, change_everything, pixels
 from torch import nn
 
-from autolora_hf import AutoLoraConfig, AutoLoraModel, Preprocessing, ThreatModel, get_autolora_model
+from autolora_hf import (
+    AutoLoraConfig,
+    AutoLoraModel,
+    Preprocessing,
+    ThreatModel,
+    get_autolora_model,
+    load_autolora_model,
+)
 from autolora_hf.frozen import FrozenRoute
 from autolora_hf.objectives import AutoLora, Batch
 from autolora_hf.schedules import LossScalars
@@ -203,6 +210,7 @@ class _Attention(nn.Module):
 def unlike_blocks():
     """A ViT with an `nn.MultiheadAttention`, and a layer that two blocks share."""
     network = MODELS["timm_vit"].fresh()
+    torch.manual_seed(1)
     network.blocks[0].attn = _Attention()
     network.blocks[1].mlp.fc1 = network.blocks[0].mlp.fc1
     return network.eval()
@@ -210,7 +218,7 @@ def unlike_blocks():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("mode", MODES)
-def test_attention_as_one_module_and_shared_layers(mode, layout):
+def test_attention_as_one_module_and_shared_layers(tmp_path, mode, layout):
     config = AutoLoraConfig(mode=mode, layout=layout, target_modules="all")
     model = get_autolora_model(unlike_blocks(), config)
     names = model.lora_layers().keys()
@@ -225,8 +233,96 @@ def test_attention_as_one_module_and_shared_layers(mode, layout):
         for route, expected in outputs.items():
             torch.testing.assert_close(FrozenRoute(model, route)(pixels()), expected, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(outputs["robust"], outputs["natural"], atol=1e-3)
+        model.save_pretrained(tmp_path)
+        loaded = load_autolora_model(tmp_path, base_model=unlike_blocks())
+        assert torch.equal(loaded.pixel_space()(pixels()), outputs["robust"])
         images = model.pixel_space().normalize(pixels())
         torch.testing.assert_close(model.merge_and_unload()(images), outputs["robust"], rtol=1e-4, atol=1e-4)
+
+
+def test_tied_weights_get_no_branch():
+    network = MODELS["timm_vit"].fresh()
+    network.blocks[1].mlp.fc1.weight = network.blocks[0].mlp.fc1.weight
+    model = get_autolora_model(network, AutoLoraConfig(mode="adapter", target_modules="all"))
+    assert not {name for name in model.lora_layers() if name.endswith("fc1")}
+    change_everything(model)
+    with torch.no_grad():
+        expected = model.pixel_space()(pixels())
+        torch.testing.assert_close(FrozenRoute(model)(pixels()), expected, rtol=1e-4, atol=1e-4)
+        images = model.pixel_space().normalize(pixels())
+        torch.testing.assert_close(model.merge_and_unload()(images), expected, rtol=1e-4, atol=1e-4)
+
+
+def hooked(kind):
+    network = MODELS["timm_vit"].fresh()
+    layer = network.blocks[1].mlp.fc1
+    if kind == "forward hook":
+        layer.register_forward_hook(lambda module, inputs, output: output * 2)
+    elif kind == "forward pre-hook":
+        layer.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,))
+    else:
+        forward = layer.forward
+        layer.forward = lambda x: forward(x) * 2
+    return network
+
+
+@pytest.mark.parametrize("kind", ["forward hook", "forward pre-hook", "forward of the instance"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mode", MODES)
+def test_layers_with_hooks_keep_them(mode, layout, kind):
+    network = hooked(kind)
+    images = MODELS["timm_vit"].adapted().pixel_space().normalize(pixels())
+    with torch.no_grad():
+        expected = network(images)
+        model = get_autolora_model(network, AutoLoraConfig(mode=mode, layout=layout)).eval()
+        for route in ("robust", "natural"):
+            with model.route(route):
+                torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_hidden_layers_of_the_classifier_can_train_too(tmp_path, caplog, mode):
+    def network():
+        model = MODELS["timm_resnet"].fresh()
+        torch.manual_seed(1)
+        model.fc = nn.Sequential(nn.Linear(model.num_features, 8), nn.ReLU(), nn.Linear(8, 4))
+        return model.eval()
+
+    preprocessing = MODELS["timm_resnet"].preprocessing
+    model = get_autolora_model(network(), AutoLoraConfig(mode=mode), preprocessing=preprocessing)
+    assert model.autolora_config.head == "fc.2"
+    assert ("fc.0 stays frozen in mode 'adapter'" in caplog.text) == (mode == "adapter")
+    config = AutoLoraConfig(mode=mode, head=["fc.0", "fc.2"])
+    model = get_autolora_model(network(), config, preprocessing=preprocessing)
+    with model.route("natural"):
+        trains = {name for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name}
+    assert len([name for name in trains if ".fc." in name]) == 4
+    change_everything(model)
+    model.save_pretrained(tmp_path)
+    loaded = load_autolora_model(tmp_path, base_model=network())
+    assert torch.equal(loaded.pixel_space()(pixels()), model.pixel_space()(pixels()))
+
+
+def test_a_frozen_model_cannot_be_trained_in_full():
+    network = MODELS["timm_resnet"].fresh().requires_grad_(False)
+    with pytest.raises(ValueError, match=r"Every parameter of the model is frozen.*mode='adapter'"):
+        get_autolora_model(network, preprocessing=MODELS["timm_resnet"].preprocessing)
+    get_autolora_model(network, AutoLoraConfig(mode="adapter"), preprocessing=MODELS["timm_resnet"].preprocessing)
+
+
+class _Doubling(nn.Linear):
+    """Does more to a weight that is not its own parameter: no branch can be exact."""
+
+    def forward(self, x):
+        scale = 1.0 if isinstance(self.weight, nn.Parameter) else 2.0
+        return F.linear(x, scale * self.weight, self.bias)
+
+
+def test_routes_that_are_not_the_model_are_refused():
+    network = MODELS["timm_vit"].fresh()
+    odd = _Doubling(64, network.blocks[0].mlp.fc1.out_features)
+    network.blocks[0].mlp.fc1 = odd
+    refusal(network, "cannot have two exact routes", "natural route", "target_modules")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -292,6 +388,10 @@ def test_dead_branches_are_refused(mode):
     [
         ({"head": "clasifier"}, ["`head='clasifier'`", "not a layer of ViTForImageClassification"]),
         ({"head": "vit"}, ["`head='vit'`", "a ViTModel", "come from classifier"]),
+        ({"head": []}, ["must name each classification layer once"]),
+        ({"head": ["classifier", "classifier"]}, ["must name each classification layer once"]),
+        ({"target_modules": []}, ["`target_modules` is empty"]),
+        ({"target_modules": "("}, ["`target_modules='('` is not a regular expression"]),
         ({"head": ["classifier", "vit"]}, ["`head=['classifier', 'vit']`", "a ViTModel"]),
         ({"target_modules": ["layernorm_before"]}, ["cannot carry a branch", "layernorm_before (LayerNorm)"]),
         ({"target_modules": ["q", "fc9", "fc1"]}, ["does not have: fc9, q.", "vit.layers.0.attention.q_proj"]),
@@ -373,6 +473,7 @@ def test_a_wrong_number_of_classes_is_refused():
         ({"init_lora_weights": "pissa"}, ["`init_lora_weights='pissa'`"]),
         ({"modules_to_save": ["fc"]}, ["`modules_to_save=['fc']`", "`head`"]),
         ({"lora_dropout": 0.1}, ["`lora_dropout=0.1`", "`layout='peft'`"]),
+        ({"init_lora_weights": "gaussian"}, ["`init_lora_weights='gaussian'`", "`layout='peft'`"]),
         ({"r": 0}, ["`r`", "0"]),
         ({"r": -8}, ["`r`", "-8"]),
     ],

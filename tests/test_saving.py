@@ -619,3 +619,30 @@ def test_an_adapter_that_stock_peft_cannot_express(tmp_path):
     load_autolora_model(ours, base_model=convnext()).save_pretrained(stock)
     assert not (stock / "adapter_config.json").exists() and not (stock / "adapter_model.safetensors").exists()
     load_autolora_model(stock, base_model=convnext())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("norm", ["shared", "robust_stats", "dual"])
+def test_saving_while_the_natural_route_runs(tmp_path, mode, norm):
+    """Its norms stand in for those of the deployed route, which are saved all the same."""
+    model = changed_model("timm_resnet", mode, norm=norm)
+    expected = logits(model)
+    with model.route("natural"):
+        model.save_pretrained(tmp_path / "inside")
+    resting = load_autolora_model(tmp_path / "inside", "natural", base_model=base_for("timm_resnet", mode))
+    resting.save_pretrained(tmp_path / "resting")
+    with resting.route("natural"):
+        resting.load_weights(tmp_path / "inside")
+    for loaded in (
+        resting,
+        load_autolora_model(tmp_path / "inside", base_model=base_for("timm_resnet", mode)),
+        load_autolora_model(tmp_path / "resting", base_model=base_for("timm_resnet", mode)),
+    ):
+        assert same(logits(loaded), expected)
+
+
+def test_a_model_can_be_pickled(tmp_path):
+    """Some tools copy models so; this package reads no pickle."""
+    model = changed_model("hf_vit", "adapter")
+    again = pickle.loads(pickle.dumps(model))
+    assert same(logits(again), logits(model))

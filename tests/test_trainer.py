@@ -640,3 +640,16 @@ def test_a_bare_backbone_is_adapted(tmp_path):
     assert trainer.model.get_base_model() is network
     assert trainer.model.autolora_config.mode == "full"
     assert trainer_module.PLAN == "training_plan.json"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("mode", MODES)
+def test_models_of_another_precision_train(tmp_path, mode, dtype):
+    model = MODELS["hf_vit"].adapted(mode=mode).to(dtype)
+    before = copied_state(model)
+    args = arguments(tmp_path, max_steps=2, attack_steps=2, eval_attack_steps=1)
+    trainer = AutoLoraTrainer(model, args, train_dataset=pictures())
+    trainer.train()
+    assert {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()} == {dtype}
+    assert not same(before, copied_state(model))
+    assert np.isfinite(logged(trainer, "loss")).all()
