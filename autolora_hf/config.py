@@ -107,8 +107,8 @@ class AutoLoraConfig(LoraConfig):
             `None`: found by following the logits backwards.
         lora_alpha (`int`, *optional*): Scale of the branch is `lora_alpha / r`. `None`: 1 in mode `full` (the paper);
             `2 r` in mode `adapter`, where the branch has to carry the whole change of the backbone.
-        target_modules (`str` or `list[str]`, *optional*): Layers that get a branch, by name or end of name; a string is
-            a regular expression for whole names, or `"all-linear"`: every linear layer but the head. `"all"`: every
+        target_modules (`str` or `list[str]`, *optional*): Layers that get a branch, by name or end of name; a string
+            is a regular expression for whole names, or `"all-linear"`: every linear layer but the head. `"all"`: every
             convolution and linear layer inside the repeated blocks; never the stem or the head (as in the paper).
             `None`: the same in mode `full`; in mode `adapter` those among them for which PEFT has an exact LoRA layer
             (all but grouped, dilated and weight-standardised convolutions and weights that are used past their layer),
