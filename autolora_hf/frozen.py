@@ -42,10 +42,10 @@ class FrozenRoute(nn.Module):
                 live = base.get_submodule(name)
                 if isinstance(live, LoraLayer):
                     adapters = [] if live.disable_adapters else list(live.active_adapters)
-                    _replace(self.network, name, module.get_base_layer())
+                    self.network.set_submodule(name, module.get_base_layer())
                     self._sources[name] = [live.get_base_layer(), live, adapters]
                 elif isinstance(live, ModulesToSaveWrapper):
-                    _replace(self.network, name, module.modules_to_save[ROBUST])
+                    self.network.set_submodule(name, module.modules_to_save[ROBUST])
                     self._sources[name] = [live.modules_to_save[ROBUST], None, []]
             for name, _ in self.network.named_modules():
                 self._sources.setdefault(name, [base.get_submodule(name), None, []])
@@ -95,13 +95,13 @@ class FrozenRoute(nn.Module):
             if modules[conv].bias is None:
                 modules[conv].bias = nn.Parameter(modules[conv].weight.new_zeros(modules[conv].out_channels), False)
             self._norms[conv] = self._sources[norm][0]
-            _replace(self.network, norm, nn.Identity())
+            self.network.set_submodule(norm, nn.Identity())
             self._sources[norm][0] = self.network.get_submodule(norm)
         after = logits_of(self.refresh().network(example))
         if not torch.allclose(before, after, rtol=1e-3, atol=1e-3 * max(1.0, before.abs().max().item())):
             for conv, norm in pairs:
                 self._sources[norm][0] = self._norms.pop(conv)
-                _replace(self.network, norm, modules[norm])
+                self.network.set_submodule(norm, modules[norm])
                 if self._sources[conv][0].bias is None:
                     modules[conv].bias = None
             self.refresh()
@@ -135,8 +135,3 @@ def _watch(network: nn.Module, example: Tensor) -> tuple[Tensor, list[tuple[str,
             hook.remove()
     convs, norms = [conv for conv, _ in pairs], [norm for _, norm in pairs]
     return logits, [(conv, norm) for conv, norm in pairs if convs.count(conv) == norms.count(norm) == 1]
-
-
-def _replace(network: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    network.get_submodule(parent)._modules[child] = module

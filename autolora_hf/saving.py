@@ -47,7 +47,7 @@ NATURAL_WEIGHTS = "natural.safetensors"
 BASE_WEIGHTS, BASE_CONFIG = "model.safetensors", "config.json"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ROBUST_WEIGHTS = "robust.safetensors"
-PEFT_PREFIX = "base_model.model."
+_PEFT_PREFIX = "base_model.model."
 # `LoraConfig` fields that shape a branch; the rest is at PEFT's defaults, which `AutoLoraConfig` enforces.
 _LORA_FIELDS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights")
 
@@ -94,12 +94,12 @@ def natural_tensors(model: AutoLoraModel) -> dict[str, Tensor]:
 def robust_tensors(model: AutoLoraModel) -> dict[str, Tensor]:
     """Mode `adapter`: what the robust adapter consists of, under PEFT's names (released factors not unfolded)."""
     tensors = {
-        f"{PEFT_PREFIX}{name}.{side}.weight": factor(layer, side, ROBUST).detach()
+        f"{_PEFT_PREFIX}{name}.{side}.weight": factor(layer, side, ROBUST).detach()
         for name, layer in model.lora_layers().items()
         for side in ("lora_A", "lora_B")
     }
     for name, module in model._saved_modules().items():
-        tensors |= {f"{PEFT_PREFIX}{name}.{key}": tensor for key, tensor in module.state_dict().items()}
+        tensors |= {f"{_PEFT_PREFIX}{name}.{key}": tensor for key, tensor in module.state_dict().items()}
     return tensors
 
 
@@ -192,7 +192,7 @@ def _save_adapter(model: AutoLoraModel, folder: Path) -> None:
         # Stock PEFT knows its own factorisation only; the same change of the weight has rank r k^2 there.
         ranks, alphas = {}, {}
         for name, layer in layers.items():
-            keys = [f"{PEFT_PREFIX}{name}.{side}.weight" for side in ("lora_A", "lora_B")]
+            keys = [f"{_PEFT_PREFIX}{name}.{side}.weight" for side in ("lora_A", "lora_B")]
             tensors[keys[0]], tensors[keys[1]] = _unfolded(layer, tensors[keys[0]], tensors[keys[1]])
             pattern = f"^{re.escape(name)}"
             ranks[pattern] = tensors[keys[0]].shape[0]
@@ -351,7 +351,7 @@ def _load_adapter(model: AutoLoraModel, directory: Path) -> dict[str, Tensor]:
     tensors = load_tensors(directory / ADAPTER_WEIGHTS)
     if model.autolora_config.layout == "released":
         for name, layer in model.lora_layers().items():
-            keys = [f"{PEFT_PREFIX}{name}.{side}.weight" for side in ("lora_A", "lora_B")]
+            keys = [f"{_PEFT_PREFIX}{name}.{side}.weight" for side in ("lora_A", "lora_B")]
             if isinstance(layer.get_base_layer(), nn.Conv2d) and all(key in tensors for key in keys):
                 tensors[keys[0]], tensors[keys[1]] = fold_factors(
                     tensors[keys[0]], tensors[keys[1]], layer.kernel_width

@@ -133,6 +133,11 @@ class Use:
     called: bool = False
     read: set[str] = field(default_factory=set)
 
+    @property
+    def any(self) -> bool:
+        """The pass depends on the layer in one way or the other."""
+        return self.called or bool(self.read)
+
 
 class _Watched(nn.Module):
     """Stands in for a layer and writes down how it is used."""
@@ -238,7 +243,7 @@ def resolve_targets(
         ValueError: If there is no such layer.
     """
     modules = dict(model.named_modules())
-    uses = {name: use for name, use in uses.items() if (use.called or use.read) and name not in heads}
+    uses = {name: use for name, use in uses.items() if use.any and name not in heads}
     blocks = block_names(model)
 
     def in_block(name: str) -> bool:
@@ -311,7 +316,7 @@ def requested_targets(
             f"their weights sit in several places of the model: {_listed(described)}. Those that can: "
             f"{_listed([name for name in uses if name not in heads])}."
         )
-    unused = [name for name in found if not (uses[name].called or uses[name].read)]
+    unused = [name for name in found if not uses[name].any]
     if unused:
         raise ValueError(
             f"`target_modules` names layers that the forward pass of {kind} never uses: {_listed(unused)}."
