@@ -7,14 +7,22 @@ import difflib
 import hashlib
 import json
 import logging
+import math
 import os
+import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -22,6 +30,8 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from .download import commit_of, download, is_repository_name
+from .files import TensorInfo, read_json
 from .inputs import (
     check_classifier,
     library_of,
@@ -69,25 +79,16 @@ def load_backbone(
             cannot take images of that size.
     """
     size = None if image_size is None else size_pair(image_size)
-    if name in SHIPPED:
-        return _load_timm(f"local-dir:{SHIPPED[name]}", num_classes, pretrained, size)
-    if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
-        return _load_timm(name, num_classes, pretrained, size)
     if timm.is_model(name):
         return _load_timm(name, num_classes, pretrained, size)
-    if os.path.isdir(name):
-        source, saved = name, read_json(Path(name) / "config.json")
-    elif "/" in name and not name.startswith((".", "/", "~")):
-        from huggingface_hub import hf_hub_download
-
-        try:
-            saved = read_json(Path(hf_hub_download(name, "config.json", revision=revision, token=token)))
-        except Exception as error:
-            raise OSError(
-                f"The Hub repository {name!r} has no readable config.json ({error}). Check the name, your network "
-                "and, for a private or gated repository, your token."
-            ) from error
-        source = name
+    folder = _folder_of(name, pretrained=pretrained, revision=revision, token=token)
+    if folder is not None:
+        saved = read_json(folder / "config.json")
+        if pretrained and not any(folder.glob("*.safetensors")):
+            raise ValueError(
+                f"{name} has no safetensors weights. Pickled ones (.bin, .pth) are not loaded, since a pickle can run "
+                "code: convert them first."
+            )
     else:
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise ValueError(
@@ -96,10 +97,40 @@ def load_backbone(
         )
     # What transformers' wrapper saved names its own class; timm may not be able to read it.
     if "architecture" in saved and saved.get("model_type") != "timm_wrapper" and library != "transformers":
-        prefix = "local-dir" if os.path.isdir(source) else "hf-hub"
-        suffix = f"@{revision}" if revision and prefix == "hf-hub" else ""
-        return _load_timm(f"{prefix}:{source}{suffix}", num_classes, pretrained, size)
-    return _load_transformers(source, num_classes, pretrained, size, revision=revision or "main", token=token)
+        return _load_timm(f"local-dir:{folder}", num_classes, pretrained, size)
+    return _load_transformers(str(folder), num_classes, pretrained, size)
+
+
+def resolved_name(name: str, revision: str | None = None, token: str | bool | None = None) -> tuple[str, str | None]:
+    """How a record names a checkpoint so that others find it: without prefix, with the commit it is of.
+
+    Args:
+        name (`str`), revision (`str`, *optional*), token (*optional*): What [`load_backbone`] was called with.
+    """
+    if name in SHIPPED or timm.is_model(name) or os.path.isdir(name) or name.startswith("local-dir:"):
+        return name, revision
+    folder = _folder_of(name, pretrained=False, revision=revision, token=token)
+    name = re.sub("^hf[-_]hub:", "", name)
+    return name.partition("@")[0], commit_of(folder) or revision
+
+
+def _folder_of(name: str, *, pretrained: bool, revision: str | None, token: str | bool | None) -> Path | None:
+    """The folder with the files of a checkpoint; a Hub repository is downloaded. `None`: no such name."""
+    if name in SHIPPED:
+        return SHIPPED[name]
+    if name.startswith("local-dir:"):
+        return Path(name.removeprefix("local-dir:"))
+    if os.path.isdir(name):
+        return Path(name)
+    on_hub = name.startswith(("hf-hub:", "hf_hub:"))
+    repository, _, suffix = re.sub("^hf[-_]hub:", "", name).partition("@")
+    if not on_hub and not is_repository_name(repository):
+        return None
+    # Never the pickles that a repository may hold as well.
+    files = ["config.json", "preprocessor_config.json"]
+    if pretrained:
+        files += ["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
+    return download(repository, files, revision=revision or suffix or None, token=token)
 
 
 def _load_timm(name: str, num_classes: int | None, pretrained: bool, size: tuple[int, int] | None) -> nn.Module:
@@ -114,7 +145,7 @@ def _load_timm(name: str, num_classes: int | None, pretrained: bool, size: tuple
                 problem = error
                 continue
             if not timm.is_model(name):
-                raise
+                raise ValueError(f"{name} could not be loaded: {error}") from error
             raise OSError(
                 f"The pretrained weights of timm's {name!r} could not be loaded ({error}). Without a network, pass a "
                 "model created from local weights, or a local directory."
@@ -229,6 +260,7 @@ def describe_backbone(
     name: str | None,
     revision: str | None = None,
     image_size: int | tuple[int, int] | None = None,
+    token: str | bool | None = None,
 ) -> dict[str, Any]:
     """A JSON record of where the backbone came from and how to build its architecture again.
 
@@ -237,18 +269,21 @@ def describe_backbone(
     the tensors that were resampled for it.
     """
     library = library_of(model)
-    record: dict[str, Any] = {"library": library, "name_or_path": name, "revision": revision, "config": None}
+    record: dict[str, Any] = {"library": library, "name_or_path": None, "revision": None, "config": None}
+    if name is not None:
+        record["name_or_path"], record["revision"] = resolved_name(name, revision, token)
     if library == "timm":
         record["architecture"] = model.pretrained_cfg["architecture"]
         record["config"] = _timm_config(model)
     else:
         record["architecture"] = type(model).__name__
-        record["name_or_path"] = name or model.name_or_path or None
+        record["name_or_path"] = record["name_or_path"] or model.name_or_path or None
         record["config"] = json.loads(model.config.to_json_string(use_diff=True))
     if name is not None and image_size is not None:
         record["image_size"] = list(size_pair(image_size))
         with torch.device("meta"):
-            original = load_backbone(name, num_classes_of(model), pretrained=False, revision=revision, library=library)
+            options = {"revision": revision, "library": library, "token": token}
+            original = load_backbone(name, num_classes_of(model), pretrained=False, **options)
         shapes = _shapes(original)
         record["resampled"] = sorted(key for key, shape in _shapes(model).items() if shapes.get(key) != shape)
     try:
@@ -262,24 +297,90 @@ def describe_backbone(
 
 
 def rebuild_backbone(record: dict[str, Any], device: str = "meta") -> nn.Module:
-    """The architecture of a record of [`describe_backbone`], without weights."""
+    """The architecture of a record of [`describe_backbone`], without weights.
+
+    Raises:
+        ValueError: If the record has no configuration, or its library cannot build a network of it.
+    """
     if record["config"] is None:
         raise ValueError(
             f"The {record['architecture']} of this adapter was changed by hand, so it cannot be built from its name: "
             "pass the model as `base_model=`."
         )
-    with torch.device(device):
-        if record["library"] == "transformers":
-            # A copy, since some classes change what they read.
-            saved = copy.deepcopy(record["config"])
-            config = CONFIG_MAPPING[saved["model_type"]].from_dict(saved)
-            # Some configurations stand for several classes.
-            config.architectures = [record["architecture"]]
-            return AutoModelForImageClassification.from_config(config)
-        config = record["config"]
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "config.json").write_text(json.dumps(config))
-            return timm.create_model(f"local-dir:{folder}", pretrained=False, num_classes=config["num_classes"])
+    try:
+        with torch.device(device):
+            return _build(record)
+    except Exception as error:
+        raise ValueError(
+            f"The recorded {record['architecture']} cannot be built by this release of {record['library']} "
+            f"({type(error).__name__}: {error})."
+        ) from error
+
+
+def _build(record: dict[str, Any]) -> nn.Module:
+    if record["library"] == "transformers":
+        # A copy, since some classes change what they read.
+        saved = copy.deepcopy(record["config"])
+        wrapped = saved.get("architecture") if saved["model_type"] == "timm_wrapper" else None
+        if wrapped is not None and not timm.is_model(wrapped):
+            raise ValueError(f"{wrapped!r} is no model of timm")
+        config = CONFIG_MAPPING[saved["model_type"]].from_dict(saved)
+        # Some configurations stand for several classes.
+        config.architectures = [record["architecture"]]
+        return AutoModelForImageClassification.from_config(config)
+    config = record["config"]
+    if not timm.is_model(config["architecture"]):
+        raise ValueError(f"{config['architecture']!r} is no model of timm")
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        return timm.create_model(f"local-dir:{folder}", pretrained=False, num_classes=config["num_classes"])
+
+
+@contextmanager
+def bounded_size(header: dict[str, TensorInfo]) -> Iterator[None]:
+    """Within it, no network can be built that is much larger than the tensors of a file's header.
+
+    A record can ask for a million blocks; libraries would build them one by one until memory is full.
+
+    Raises:
+        ValueError: When a network has more than twice as many parameters, or more than ten times as many layers.
+    """
+    counts = {"layers": 0, "values": 0}
+    most = {
+        "layers": 10_000 + 10 * len(header),
+        "values": 1_000_000 + 2 * sum(math.prod(info.shape) for info in header.values()),
+    }
+
+    def count(kind: str, number: int) -> None:
+        counts[kind] += number
+        if counts[kind] > most[kind]:
+            raise ValueError(f"the network has more than {most[kind]:,} {kind}, far more than its file of weights")
+
+    hooks = [
+        register_module_module_registration_hook(lambda module, name, child: count("layers", 1)),
+        register_module_parameter_registration_hook(
+            lambda module, name, parameter: count("values", 0 if parameter is None else parameter.numel())
+        ),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def backbone_digest(tensors: dict[str, Tensor], heads: list[str], record: dict[str, Any]) -> str:
+    """Identity of a backbone's weights; without its head, which is made afresh for another number of classes.
+
+    Args:
+        tensors (`dict[str, Tensor]`): State dict of the backbone without any branch.
+        heads (`list[str]`): Its classification layers.
+        record (`dict`): What [`describe_backbone`] gives.
+    """
+    prefixes = tuple(f"{head}." for head in heads)
+    # What was resampled for another image size differs in the last bit between processors.
+    resampled = record.get("resampled", ())
+    return weights_digest({k: v for k, v in tensors.items() if not k.startswith(prefixes) and k not in resampled})
 
 
 def weights_digest(tensors: dict[str, Tensor]) -> str:
@@ -290,16 +391,6 @@ def weights_digest(tensors: dict[str, Tensor]) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Contents of a JSON file; `FileNotFoundError` or `ValueError` that name it when it is missing or damaged."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist.")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
 
 
 def _timm_config(model: nn.Module) -> dict[str, Any] | None:

@@ -113,6 +113,9 @@ class AutoLoraConfig(LoraConfig):
             `None`: the same in mode `full`; in mode `adapter` those among them for which PEFT has an exact LoRA layer
             (all but grouped, dilated and weight-standardised convolutions and weights that are used past their layer),
             so that the adapter loads without this package, unless they hold less than half of the weights.
+        modules_to_save (`list[str]`, *optional*): Mode `adapter`: further modules, such as LayerNorms, that train and
+            are saved whole with the robust adapter, by name or end of name. The head and every layer with running
+            statistics are, anyway.
     """
 
     mode: Literal["full", "adapter"] = field(
@@ -161,11 +164,10 @@ class AutoLoraConfig(LoraConfig):
                 f"AutoLoraConfig does not support {', '.join(f'`{name}={getattr(self, name)!r}`' for name in bad)}: "
                 "the two routes are only defined for plain LoRA."
             )
-        if self.modules_to_save:
+        if self.modules_to_save and self.mode == "full":
             raise ValueError(
-                f"`modules_to_save={list(self.modules_to_save)}` cannot be set: in mode 'full' everything trains and "
-                "is saved, in mode 'adapter' the head and the BatchNorm layers are added by themselves. Use `head` to "
-                "name the classification layer."
+                f"`modules_to_save={list(self.modules_to_save)}` needs `mode='adapter'`: in mode 'full' everything "
+                "trains and is saved. Use `head` to name the classification layer."
             )
         if self.layout == "released" and self.init_lora_weights is not True:
             raise ValueError(
@@ -188,6 +190,6 @@ class AutoLoraConfig(LoraConfig):
         fields = {
             name: value
             for name, value in vars(self).items()
-            if name not in AUTOLORA_FIELDS and not name.startswith("_") and name in LoraConfig.__dataclass_fields__
+            if name not in (*AUTOLORA_FIELDS, "modules_to_save") and name in LoraConfig.__dataclass_fields__
         }
         return LoraConfig(**{**fields, **changes})

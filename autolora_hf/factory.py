@@ -93,7 +93,9 @@ def get_autolora_model(
         config.target_modules = targets.requested_targets(model, config.target_modules, config.heads, uses)
     modules = dict(model.named_modules())
     stock_layers = frozenset(name for name, use in uses.items() if targets.in_stock_peft(modules[name], use))
-    backbone = backbones.describe_backbone(model, name, revision, image_size)
+    config.modules_to_save = targets.requested_modules(model, config)
+    backbone = backbones.describe_backbone(model, name, revision, image_size, token)
+    backbone["weights_sha256"] = backbones.backbone_digest(model.state_dict(), config.heads, backbone)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if config.mode == "full" and not trainable:
         raise ValueError(
@@ -155,55 +157,80 @@ def load_autolora_model(
     base_model: nn.Module | str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
 ) -> AutoLoraModel:
     """Loads a model that [`AutoLoraModel.save_pretrained`] wrote, from a folder or from the Hub, in eval mode.
+
+    Nothing from a repository is executed: only JSON and safetensors files are read, and they are checked before memory
+    is spent on them. A warning tells if the backbone has other weights than the one the adapter was trained on, or if
+    the model does not compute what it did when it was saved.
 
     Args:
         name_or_path (`str`): Local folder or Hub repository.
         route (`str`): Route that a plain forward runs: `"robust"` (deployed) or `"natural"`.
         base_model (`nn.Module` or `str`, *optional*): The backbone of a `mode="adapter"` model. `None`: the checkpoint
             the adapter was trained on.
-        revision (`str`, *optional*), token (*optional*): For a Hub repository.
+        revision (`str`, *optional*): Branch, tag or commit of the Hub repository.
+        token (`str` or `bool`, *optional*): Token for a private or gated one; `None`: the one you are logged in with.
+        cache_dir (`str`, *optional*): Another cache than huggingface-hub's usual one.
+        local_files_only (`bool`): Use what is in the cache, without looking on the Hub.
 
     Raises:
-        FileNotFoundError: If there is no such folder or files are missing.
-        ValueError: If files are damaged or belong to another model; nothing partial is loaded.
+        FileNotFoundError: If there is no such folder, repository or revision, or files are missing.
+        PermissionError: If the repository is gated.
+        ValueError: If files are damaged, hostile or belong to another model; nothing partial is loaded.
     """
-    directory = saving.resolve_directory(name_or_path, revision=revision, token=token)
-    record = saving.read_record(directory)
-    config = AutoLoraConfig(**record["config"])
-    if base_model is None and config.mode == "full":
-        base_model = backbones.rebuild_backbone(record["backbone"], device="cpu")
+    directory, record = saving.fetch(
+        name_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+    )
+    if base_model is None and record.mode == "full":
+        base_model = saving.rebuild(directory, record)
     elif base_model is None:
-        base_model = record["backbone"]["name_or_path"]
+        base_model = record.backbone["name_or_path"]
         if base_model is None:
             raise ValueError(
-                f"{name_or_path} is an adapter of a {record['backbone']['architecture']} that was created in memory, "
+                f"{name_or_path} is an adapter of a {record.backbone['architecture']} that was created in memory, "
                 "so its weights cannot be found by name: pass the model as `base_model=`."
             )
-    name = base_model if isinstance(base_model, str) else record["backbone"]["name_or_path"]
-    if isinstance(base_model, str):
-        base_model = backbones.load_backbone(
-            base_model,
-            record["num_classes"],
-            image_size=record["backbone"].get("image_size"),
-            library=record["backbone"]["library"],
-            revision=record["backbone"]["revision"],
-            token=token,
+    named = isinstance(base_model, str)
+    # The recorded commit is one of the recorded repository.
+    is_recorded = named and base_model == record.backbone["name_or_path"]
+    commit = record.backbone["revision"] if is_recorded else None
+    source = base_model if named else None
+    if named:
+        size, library = record.backbone.get("image_size"), record.backbone["library"]
+        options = {"image_size": size, "library": library, "revision": commit, "token": token}
+        base_model = backbones.load_backbone(base_model, record.num_classes, **options)
+    classes = backbones.num_classes_of(base_model)
+    if classes != record.num_classes:
+        raise ValueError(
+            f"The saved model has {record.num_classes} classes but the base model has {classes}. Create the base "
+            f"model with {record.num_classes} classes."
         )
-    saving.check_backbone(base_model, record)
     model = get_autolora_model(
         base_model,
-        config,
-        preprocessing=Preprocessing(**record["preprocessing"]),
-        label_names=record["label_names"],
-        threat_model=ThreatModel(**record["threat_model"]),
+        record.autolora_config(),
+        preprocessing=record.preprocessing,
+        label_names=record.label_names,
+        threat_model=record.threat_model,
     )
-    origin = ("revision", "image_size", "resampled")
-    model.backbone.update(
-        {key: record["backbone"][key] for key in origin if key in record["backbone"]}, name_or_path=name
-    )
+    same_base = record.mode == "full" or model.backbone["weights_sha256"] == record.backbone["weights_sha256"]
+    if not same_base:
+        logger.warning(
+            "The adapter %s was trained on other weights than this base model has (their SHA-256 differ), so its "
+            "robust accuracy does not hold here. It was trained on %s (%s).",
+            name_or_path,
+            record.backbone["name_or_path"] or "an unnamed model",
+            record.backbone["architecture"],
+        )
     model.load_weights(directory)
+    origin = record.backbone if same_base else {**model.backbone, "name_or_path": source, "revision": commit}
+    model.backbone.update(origin)
+    if same_base:
+        # Figures belong to this base.
+        model.results, model.training_plan = record.results, record.training
+        saving.check_fingerprint(model, record, name_or_path)
     model._switch.rest_in(route)
     return model.eval()
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 
@@ -31,9 +34,11 @@ def staged(directory: Path, last: str) -> Iterator[Path]:
         (directory / last).unlink(missing_ok=True)
         umask = os.umask(0)
         os.umask(umask)
-        for file in sorted(folder.iterdir(), key=lambda path: path.name == last):
-            file.chmod(0o666 & ~umask)  # temporary files are private; saved ones follow the user's umask
-            os.replace(file, directory / file.name)
+        files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+        for file in sorted(files, key=lambda path: path == Path(last)):
+            (folder / file).chmod(0o666 & ~umask)  # temporary files are private; saved ones follow the user's umask
+            (directory / file).parent.mkdir(exist_ok=True)
+            os.replace(folder / file, directory / file)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -54,20 +59,141 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 def write_json(content: Any, path: str | os.PathLike) -> None:
-    """[`write_atomically`] of `content` as JSON."""
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+    """[`write_atomically`] of `content` as JSON: indented, but lists of numbers and truth values in one line."""
+    text = json.dumps(content, indent=2, allow_nan=False)
+    flat = re.compile(r"\[\s*((?:-?[\d.][\d.e+-]*|true|false)(?:,\s*(?:-?[\d.][\d.e+-]*|true|false))*)\s*\]")
+    text = flat.sub(lambda found: "[" + re.sub(r",\s+", ", ", found[1]) + "]", text)
+    write_atomically(path, (text + "\n").encode())
+
+
+def read_json(path: Path, largest: int = 64 << 20) -> Any:
+    """Contents of a JSON file.
+
+    Raises:
+        FileNotFoundError: If it is missing.
+        ValueError: If it is damaged, nested absurdly or larger than `largest` bytes.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist.")
+    if path.stat().st_size > largest:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, more than the {largest:,} a JSON file may have.")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+
+
+def inside(directory: Path, name: str) -> Path:
+    """The file `name` of a folder, which may come from a stranger.
+
+    Raises:
+        ValueError: If it is a link that leads out of the folder. The Hub's cache is made of links into its own store
+            of blobs, which are allowed.
+    """
+    path, home = directory / name, directory.resolve()
+    allowed = [home]
+    if home.parent.name == "snapshots":
+        allowed.append(home.parent.parent / "blobs")
+    if path.exists() and not any(path.resolve().is_relative_to(place) for place in allowed):
+        raise ValueError(f"{path} is a link out of its folder, to {path.resolve()}, and was not read.")
+    return path
+
+
+# ---- tensors ----
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What the header of a safetensors file says of one tensor.
+
+    Args:
+        dtype (`str`): As safetensors writes it, such as `"F32"`.
+        shape (`tuple[int, ...]`): Its shape.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+# Weights are kept in any of these; they are converted when they are copied into a model.
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_DTYPES = {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"}
+_DTYPES[torch.bool] = "BOOL"
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     # Clones: safetensors refuses tensors that share memory.
     copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    path.parent.mkdir(exist_ok=True)
     save_file(copies, path, metadata={"format": "pt"})
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: the saved model is incomplete.")
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            yield file
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or truncated and was not loaded ({error}).") from error
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Names, dtypes and shapes in a safetensors file; the file must have the length that they add up to.
+
+    Raises:
+        FileNotFoundError: If it is missing.
+        ValueError: If it is damaged or truncated.
+    """
+    with _opened(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}
+        return {name: TensorInfo(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+
+
+def load_tensors(path: Path, expected: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """Reads a safetensors file that must hold exactly the tensors of `expected`, by name, shape and kind.
+
+    Names, shapes and dtypes are compared with the file's header before memory is spent on a tensor. With `None` they
+    are not: the caller has to.
+
+    Raises:
+        FileNotFoundError: If the file is missing.
+        ValueError: If it is damaged, belongs to another model or holds values that are not finite.
+    """
+    header = read_header(path)
+    if expected is not None:
+        both = sorted(expected.keys() & header.keys())
+        kinds = {name: _kinds(expected[name]) for name in both}
+        odd = [f"{name} ({header[name].dtype})" for name in both if header[name].dtype not in kinds[name]]
+        problems = {
+            "missing": sorted(expected.keys() - header.keys()),
+            "unexpected": sorted(header.keys() - expected.keys()),
+            "of another shape": [name for name in both if header[name].shape != expected[name].shape],
+            "of another kind": odd,
+        }
+        check_nothing_wrong(problems, path)
+    with _opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in header}
+    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if bad:
+        raise ValueError(f"{path} holds weights that are NaN or infinite ({_listed(bad)}). Nothing was loaded.")
+    return tensors
+
+
+def check_nothing_wrong(problems: dict[str, list[str]], path: Path) -> None:
+    """Raises `ValueError` if a file holds other tensors than it must; `problems` are their names by what is wrong."""
+    found = [f"{what}: {_listed(names)}" for what, names in problems.items() if names]
+    if found:
+        raise ValueError(
+            f"{path} does not belong to this model ({'; '.join(found)}). Nothing was loaded. It was saved from "
+            "another architecture, number of classes or AutoLoraConfig."
+        )
+
+
+def _kinds(tensor: Tensor) -> tuple[str | None, ...]:
+    return _FLOATS if tensor.is_floating_point() else (_DTYPES.get(tensor.dtype),)
+
+
+def _listed(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

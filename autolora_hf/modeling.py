@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import CommitInfo
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
@@ -18,9 +20,13 @@ from torch import Tensor, nn
 from . import backbones, checkpointing, saving, targets
 from .attacks.pgd import forget_cached, logits_of
 from .config import AutoLoraConfig, ThreatModel
-from .layers import WeightLora
+from .layers import WeightLora, factor
 from .pixels import Normalize, Preprocessing
 from .routes import NATURAL, ROBUST, Route, RouteSwitch
+
+
+if TYPE_CHECKING:
+    from .evaluation import RobustnessReport
 
 
 class AutoLoraModel(PeftModel):
@@ -36,6 +42,8 @@ class AutoLoraModel(PeftModel):
         threat_model (`ThreatModel`): What the model is trained, or was trained, to withstand.
         label_names (`list[str]`, *optional*): Class names in class order.
         backbone (`dict`): Where the backbone came from and how to build it.
+        training_plan (`dict`, *optional*): How it was trained, see `AutoLoraTrainer.plan`.
+        results (`list[dict]`): What was measured of the deployed route, see [`add_result`].
     """
 
     def __init__(
@@ -65,7 +73,7 @@ class AutoLoraModel(PeftModel):
             super().__init__(model, branch(), adapter_name=ROBUST)
             self.add_adapter(NATURAL, branch())
             # As PEFT does for `modules_to_save`, which however matches the ends of names and can catch other layers.
-            for name in [*config.heads, *norms]:
+            for name in [*config.heads, *norms, *(config.modules_to_save or [])]:
                 wrapper = ModulesToSaveWrapper(model.get_submodule(name), ROBUST)
                 wrapper.set_adapter(ROBUST)
                 model.set_submodule(name, wrapper)
@@ -75,6 +83,8 @@ class AutoLoraModel(PeftModel):
         self.label_names = label_names
         self.backbone = backbone
         self.stock_layers = stock_layers
+        self.training_plan: dict[str, Any] | None = None
+        self.results: list[dict[str, Any]] = []
         self.num_classes = backbones.num_classes_of(model)
         self.natural_norms = nn.ModuleDict()
         self._restore_trainable(trainable)
@@ -116,7 +126,7 @@ class AutoLoraModel(PeftModel):
                 parts += module.parameters()
         for layer in self.lora_layers().values():
             for adapter in self.peft_config:
-                parts += [saving.factor(layer, side, adapter) for side in ("lora_A", "lora_B")]
+                parts += [factor(layer, side, adapter) for side in ("lora_A", "lora_B")]
         for parameter in parts:
             parameter.requires_grad_(True)
 
@@ -124,7 +134,7 @@ class AutoLoraModel(PeftModel):
         layers = self.lora_layers()
         full = self.autolora_config.mode == "full"
         head = {parameter for module in self.heads for parameter in module.parameters()}
-        branch = {saving.factor(layer, side, NATURAL) for layer in layers.values() for side in ("lora_A", "lora_B")}
+        branch = {factor(layer, side, NATURAL) for layer in layers.values() for side in ("lora_A", "lora_B")}
         blocked = [p for p in self.parameters() if p.requires_grad and p not in head and p not in branch]
         natural = Route(adapters=(NATURAL,) if full else (ROBUST, NATURAL), blocked=blocked)
         robust = Route(adapters=() if full else (ROBUST,))
@@ -298,8 +308,8 @@ class AutoLoraModel(PeftModel):
         """Writes everything [`load_autolora_model`] needs to rebuild both routes bit for bit; safetensors only.
 
         Mode `full`: the robust model as an ordinary timm or transformers checkpoint. Mode `adapter`: the robust
-        adapter as a stock PEFT adapter. Both: the natural branch, and `autolora_config.json`. Files appear whole or
-        not at all.
+        adapter as a stock PEFT adapter. Both: the natural route as a PEFT adapter in the subfolder `natural`, and
+        `autolora_config.json`. Files appear whole or not at all.
 
         Args:
             save_directory (`str`): Folder to write to; created if needed.
@@ -307,6 +317,34 @@ class AutoLoraModel(PeftModel):
         """
         if kwargs.pop("is_main_process", True):
             saving.save(self, save_directory)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> CommitInfo:
+        """Publishes the model with its card on the Hub, in one commit.
+
+        Args:
+            repo_id (`str`): `"org/name"`, created if there is none; without `"org/"` in your own namespace.
+            **kwargs: Options of [`push_folder`]: `private`, `token`, `revision`, `commit_message`, `create_pr`.
+        """
+        # The only import of something above: PEFT users expect the method here.
+        from .hub.model_card import write_model_card
+        from .hub.push import push_folder
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            write_model_card(folder, self, name=repo_id)
+            return push_folder(folder, repo_id, **kwargs)
+
+    def add_result(self, report: RobustnessReport) -> None:
+        """Remembers a measurement of the deployed route, which [`save_pretrained`] then writes down with the model.
+
+        It belongs to the weights of this moment: once they have changed it is no longer saved.
+
+        Raises:
+            ValueError: If the report is about another route.
+        """
+        if report.route != ROBUST:
+            raise ValueError(f"Only results of the deployed route are published, this one is of {report.route!r}.")
+        self.results.append({**report.to_dict(), "weights_sha256": saving.deployed_digest(self)})
 
     def load_weights(self, directory: str | os.PathLike) -> None:
         """Loads what [`save_pretrained`] of a model of the same configuration wrote, in place.

@@ -34,7 +34,7 @@ from .evaluation import (
 )
 from .factory import get_autolora_model, load_autolora_model
 from .files import write_json
-from .hub import write_model_card
+from .hub.model_card import write_model_card
 from .modeling import AutoLoraModel
 from .training import AutoLoraTrainer, AutoLoraTrainingArguments
 
@@ -261,6 +261,7 @@ def load_digits() -> datasets.DatasetDict:
 
     def split(name: str, indices: np.ndarray) -> datasets.Dataset:
         columns = {"image": list(images[indices]), "label": labels[indices].tolist()}
-        return datasets.Dataset.from_dict(columns, features=features, split=name)
+        info = datasets.DatasetInfo(features=features, dataset_name="digits", builder_name="autolora_hf")
+        return datasets.Dataset.from_dict(columns, info=info, split=name)
 
     return datasets.DatasetDict({"train": split("train", train), "test": split("test", np.sort(test))})

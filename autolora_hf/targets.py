@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from .attacks.pgd import attack_mode, logits_of
-from .layers import weight_name
+from .config import AutoLoraConfig
+from .layers import factor, weight_name
 
 
 # ---- norms ----
@@ -324,6 +325,36 @@ def requested_targets(
     return found
 
 
+def requested_modules(model: nn.Module, config: AutoLoraConfig) -> list[str] | None:
+    """The modules that a user's `modules_to_save` names, besides head and BatchNorm, in the order of their definition.
+
+    Raises:
+        ValueError: If one does not exist, has no weights, or overlaps with the head, a layer with a branch, a layer
+            with running statistics or another one.
+    """
+    if not config.modules_to_save:
+        return None
+    modules, wanted = dict(model.named_modules()), list(config.modules_to_save)
+    missing = [end for end in wanted if not any(f".{name}".endswith(f".{end}") for name in modules)]
+    if missing:
+        raise ValueError(
+            f"`modules_to_save` names modules that {type(model).__name__} does not have: {_listed(missing)}."
+        )
+    taken = {*config.heads, *statistics_norms(model)}
+    found = [name for name in modules if any(f".{name}".endswith(f".{end}") for end in wanted) and name not in taken]
+    for name in found:
+        others = [other for other in (*taken, *config.target_modules, *found) if other != name]
+        clash = [other for other in others if f"{other}.".startswith(f"{name}.") or f"{name}.".startswith(f"{other}.")]
+        if name in config.target_modules or clash:
+            raise ValueError(
+                f"`modules_to_save` includes {name!r}, which overlaps with {_listed(clash or [name])}: a layer has "
+                "either a branch or a trained copy of its own, and the head and BatchNorm have one anyway."
+            )
+        if next(modules[name].parameters(), None) is None:
+            raise ValueError(f"`modules_to_save` includes {name!r}, which has no weights.")
+    return found or None
+
+
 def exactly(names: Iterable[str]) -> str:
     """A `target_modules` of PEFT that matches these names and no others: a list would match ends of names too."""
     return "|".join(re.escape(name) for name in names)
@@ -345,13 +376,10 @@ def check_alive(model: nn.Module, images: Tensor) -> None:
     }
     factors = {
         name: [
-            parameter
+            factor(layer, side, adapter)
             for adapter in layer.active_adapters
-            for branch in (layer.lora_A, layer.lora_B)
-            if adapter in branch
-            for parameter in (
-                branch[adapter].parameters() if isinstance(branch[adapter], nn.Module) else [branch[adapter]]
-            )
+            for side in ("lora_A", "lora_B")
+            if adapter in getattr(layer, side)
         ]
         for name, layer in layers.items()
     }

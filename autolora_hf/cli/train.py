@@ -13,7 +13,7 @@ from ..config import AutoLoraConfig, PixelRadius, radius_argument
 from ..data import as_pixel_dataset
 from ..evaluation import training_curves_figure
 from ..factory import get_autolora_model
-from ..hub import write_model_card
+from ..hub.model_card import write_model_card
 from ..quickstart import CURVES, REPORT
 from ..training import AutoLoraTrainer, AutoLoraTrainingArguments
 from .data import open_data

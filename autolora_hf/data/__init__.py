@@ -1,6 +1,7 @@
 """Data sets: `datasets.Dataset`, folders of images and torch data sets to pixels in [0, 1] and labels."""
 
 from .dataset import PixelDataset, as_pixel_dataset, collate, same_data
+from .description import DataDescription, describe_data
 from .images import Augmentation, PixelTransform, to_rgb
 from .sources import load_source
 from .splits import check_class_names, check_labels, stratified_split, stratified_subset
@@ -8,12 +9,14 @@ from .splits import check_class_names, check_labels, stratified_split, stratifie
 
 __all__ = [
     "Augmentation",
+    "DataDescription",
     "PixelDataset",
     "PixelTransform",
     "as_pixel_dataset",
     "check_class_names",
     "check_labels",
     "collate",
+    "describe_data",
     "load_source",
     "same_data",
     "stratified_split",

@@ -72,6 +72,11 @@ class PixelDataset(Dataset):
         return self._source.class_names
 
     @property
+    def source(self) -> Any:
+        """The data set it was made of."""
+        return self._source.dataset
+
+    @property
     def num_classes(self) -> int:
         """Number of class names, else one more than the largest label of the whole source."""
         return len(self.class_names) if self.class_names else max(self._source.labels) + 1

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from scipy.stats import binomtest
 
 from ..config import ThreatModel
+from ..data.description import DataDescription
 from ..files import write_atomically
 
 
@@ -101,6 +102,9 @@ class RobustnessReport:
         route (`str`, *optional*): Route of the AutoLoRa model; `None` for any other model.
         device (`str`): Where it ran.
         seconds (`float`): Wall time of everything.
+        dataset (`dict`): Where the images came from, see [`describe_data`].
+        sample_digests (`list[str]`): For each image the start of the SHA-256 of its label and its 8-bit pixels, by
+            which somebody who repeats the measurement knows whether these are the same images.
         versions (`dict[str, str]`): Versions of the packages involved.
         warnings (`list[str]`): What to know before using the figures.
     """
@@ -120,6 +124,8 @@ class RobustnessReport:
     route: str | None
     device: str
     seconds: float
+    dataset: DataDescription | dict[str, Any] = field(default_factory=dict)
+    sample_digests: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -195,7 +201,7 @@ class RobustnessReport:
             ValueError: If the parts share images or differ in threat model, attacks, seed, route or data.
         """
         first = parts[0]
-        same = ("threat_model", "protocol", "attack", "dataset_size", "num_classes", "seed", "route")
+        same = ("threat_model", "protocol", "attack", "dataset_size", "dataset", "num_classes", "seed", "route")
         for name in same:
             values = [getattr(part, name) for part in parts]
             if any(value != values[0] for value in values):
@@ -203,9 +209,11 @@ class RobustnessReport:
         verdicts = sorted(
             row
             for part in parts
-            for row in zip(part.sample_indices, part.natural_correct, part.robust_correct, strict=True)
+            for row in zip(
+                part.sample_indices, part.natural_correct, part.robust_correct, part.sample_digests, strict=True
+            )
         )
-        indices, natural, robust = (list(column) for column in zip(*verdicts, strict=True))
+        indices, natural, robust, digests = (list(column) for column in zip(*verdicts, strict=True))
         if len(set(indices)) < len(indices):
             raise ValueError("Reports that share images cannot be merged.")
         attacks = []
@@ -231,6 +239,7 @@ class RobustnessReport:
             sample_indices=indices,
             natural_correct=natural,
             robust_correct=robust,
+            sample_digests=digests,
             seconds=max(part.seconds for part in parts),
         )
         # What follows from the figures is derived anew; what was seen in a part's model passes or images is kept.

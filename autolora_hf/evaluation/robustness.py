@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import itertools
 import platform
@@ -18,6 +19,7 @@ from tqdm.auto import tqdm
 from ..attacks import PGD, attack_mode
 from ..attacks.pgd import logits_of
 from ..config import ThreatModel
+from ..data import describe_data
 from ..frozen import FrozenRoute
 from ..modeling import AutoLoraModel
 from ..pixels import check_pixels
@@ -86,7 +88,7 @@ def evaluate_robustness(
         num_classes = _count_classes(view, first)
         samples.check_labels(num_classes)
         attacks, left_out = _resolve_attacks(requested, threat_model, num_classes, tuple(first.shape[-2:]), seed)
-        correct = _natural_correct(view, samples)
+        correct, digests = _natural_correct(view, samples)
         notes = _diagnose(view, samples, correct)
         robust, rows = correct.clone(), []
         for current in attacks:
@@ -112,6 +114,8 @@ def evaluate_robustness(
         route=route if hasattr(model, "pixel_space") else None,
         device=f"{place} ({torch.cuda.get_device_name(place)})" if place.type == "cuda" else str(place),
         seconds=round(time.perf_counter() - started, 3),
+        dataset=describe_data(dataset),
+        sample_digests=digests,
         versions=_versions(),
     )
     report.warnings = [*standard_warnings(report), *notes]
@@ -219,14 +223,22 @@ def _count_classes(view: AttackView, pixels: Tensor) -> int:
 
 
 @torch.no_grad()
-def _natural_correct(view: AttackView, samples: Samples) -> Tensor:
-    correct = torch.zeros(len(samples), dtype=torch.bool)
+def _natural_correct(view: AttackView, samples: Samples) -> tuple[Tensor, list[str]]:
+    """Which of the clean images are classified correctly, and what identifies each image."""
+    correct, digests = torch.zeros(len(samples), dtype=torch.bool), []
     for batch, pixels, labels in samples.batches(torch.arange(len(samples)), view.device):
         logits = view(pixels)
         if logits.isnan().any():
             raise ValueError(f"The model returns NaN for {logits.isnan().any(1).sum()} of {len(logits)} clean images.")
         correct[batch] = (logits.argmax(1) == labels).cpu()
-    return correct
+        digests += [sample_digest(image, label) for image, label in zip(pixels.cpu(), labels.tolist(), strict=True)]
+    return correct, digests
+
+
+def sample_digest(pixels: Tensor, label: int) -> str:
+    """Twelve hexadecimal digits of the SHA-256 of an image (C x H x W, in [0, 1]) in 8 bits, and its label."""
+    content = (pixels * 255).round().to(torch.uint8).contiguous().numpy().tobytes()
+    return hashlib.sha256(content + str(label).encode()).hexdigest()[:12]
 
 
 def _diagnose(view: AttackView, samples: Samples, correct: Tensor) -> list[str]:

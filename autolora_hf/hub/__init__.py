@@ -1,4 +1,1 @@
-from .model_card import write_model_card
-
-
-__all__ = ["write_model_card"]
+"""Publishing: repositories, model cards, extraction of adapters, export, and verification of published figures."""

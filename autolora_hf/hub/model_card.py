@@ -12,8 +12,8 @@ from jinja2 import Environment, StrictUndefined
 
 from ..evaluation import RobustnessReport
 from ..files import write_atomically
+from ..layout import base_tensors, deployed_tensors, loads_with_stock_peft
 from ..modeling import AutoLoraModel
-from ..saving import base_tensors, loads_with_stock_peft, robust_tensors
 
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
@@ -88,7 +88,7 @@ def _adapter_parameters(model: AutoLoraModel) -> int:
     """Parameters of the published adapter: the robust branch, the head and the BatchNorm layers."""
     if model.autolora_config.mode == "full":
         return 0
-    return sum(tensor.numel() for tensor in robust_tensors(model).values())
+    return sum(tensor.numel() for tensor in deployed_tensors(model).values())
 
 
 def _is_stock_adapter(model: AutoLoraModel) -> bool:

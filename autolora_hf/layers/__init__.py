@@ -1,4 +1,4 @@
-from .weight import WeightLora, fold_factors, unfold_factors, weight_name
+from .weight import WeightLora, factor, fold_factors, unfold_factors, weight_name
 
 
-__all__ = ["WeightLora", "fold_factors", "unfold_factors", "weight_name"]
+__all__ = ["WeightLora", "factor", "fold_factors", "unfold_factors", "weight_name"]

@@ -29,6 +29,12 @@ def weight_name(layer: nn.Module) -> str:
     return "in_proj_weight" if isinstance(layer, nn.MultiheadAttention) else "weight"
 
 
+def factor(layer: LoraLayer, side: str, adapter: str) -> nn.Parameter:
+    """The `lora_A` or `lora_B` parameter of one adapter, for PEFT's layers and ours."""
+    value = getattr(layer, side)[adapter]
+    return value if isinstance(value, nn.Parameter) else value.weight
+
+
 class WeightLora(nn.Module, LoraLayer):
     """Wraps a layer and adds low-rank changes to its weight, one for each adapter.
 
