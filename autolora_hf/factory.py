@@ -208,14 +208,16 @@ def load_autolora_model(
             f"The saved model has {record.num_classes} classes but the base model has {classes}. Create the base "
             f"model with {record.num_classes} classes."
         )
+    config = record.autolora_config()
+    digest = backbones.backbone_digest(base_model.state_dict(), config.heads, record.backbone)
     model = get_autolora_model(
         base_model,
-        record.autolora_config(),
+        config,
         preprocessing=record.preprocessing,
         label_names=record.label_names,
         threat_model=record.threat_model,
     )
-    same_base = record.mode == "full" or model.backbone["weights_sha256"] == record.backbone["weights_sha256"]
+    same_base = record.mode == "full" or digest == record.backbone["weights_sha256"]
     if not same_base:
         logger.warning(
             "The adapter %s was trained on other weights than this base model has (their SHA-256 differ), so its "

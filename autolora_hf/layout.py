@@ -7,10 +7,10 @@
 | the same two in the folder `natural` | both | the natural route as a PEFT adapter |
 | `autolora_config.json` | both | everything else, see [`Record`] |
 
-Each adapter is right when it is loaded alone. In mode `adapter` the natural route is the robust branch plus its own, so
-its file holds both, as one LoRA of twice the rank, with the same head; in mode `full` it belongs on top of the robust
-model. Where PEFT has no exact LoRA layer for a branch, `robust.safetensors` and `natural.safetensors` take the place of
-the adapters, and hold the bare factors.
+Each adapter is right when it is loaded alone. In mode `adapter` the natural route is the robust branch plus its own,
+so its file holds both, as one LoRA of twice the rank, with the same head; in mode `full` it belongs on top of the
+robust model. Where PEFT has no exact LoRA layer for a branch, `robust.safetensors` and `natural.safetensors` take the
+place of the adapters, and hold the bare factors.
 """
 
 from __future__ import annotations

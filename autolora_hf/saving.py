@@ -178,16 +178,6 @@ def make_record(model: AutoLoraModel) -> Record:
         for name, layer in layers.items()
         if layer.lora_alpha[NATURAL] != config.lora_alpha
     }
-    results = model.results
-    if results:
-        digest = deployed_digest(model)
-        results = [result for result in results if result.get("weights_sha256") == digest]
-        if len(results) < len(model.results):
-            logger.warning(
-                "%d of %d measured results belong to other weights than the model has now and are not saved with it.",
-                len(model.results) - len(results),
-                len(model.results),
-            )
     return Record(
         config=values,
         backbone=model.backbone,
@@ -196,10 +186,25 @@ def make_record(model: AutoLoraModel) -> Record:
         preprocessing=model.preprocessing,
         threat_model=model.threat_model,
         training=model.training_plan,
-        results=results,
+        results=current_results(model),
         fingerprint=fingerprint(model),
         versions={package: importlib.metadata.version(package) for package in PACKAGES},
     )
+
+
+def current_results(model: AutoLoraModel) -> list[dict[str, Any]]:
+    """The results of a model that were measured with the weights it has now."""
+    if not model.results:
+        return []
+    digest = deployed_digest(model)
+    results = [result for result in model.results if result.get("weights_sha256") == digest]
+    if len(results) < len(model.results):
+        logger.warning(
+            "%d of %d measured results belong to other weights than the model has now, and are left out.",
+            len(model.results) - len(results),
+            len(model.results),
+        )
+    return results
 
 
 def deployed_digest(model: AutoLoraModel) -> str:

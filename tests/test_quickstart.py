@@ -8,8 +8,9 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from autolora_hf import RobustnessReport, load_autolora_model
+from autolora_hf import load_autolora_model
 from autolora_hf.backbones import SHIPPED, load_backbone
+from autolora_hf.hub.model_card import reports_of
 from autolora_hf.quickstart import QuickstartSettings, load_digits, run_quickstart
 
 
@@ -52,7 +53,9 @@ def test_whole_journey_in_small(tmp_path):
     folder = tmp_path / "run"
     model = load_autolora_model(folder)
     assert model.label_names == [str(digit) for digit in range(10)]
-    saved = RobustnessReport.load(folder / "robustness_report.json")
+    saved, on_all = reports_of(model)
+    assert len(on_all.sample_indices) == 1000 and not on_all.publishable
+    assert saved.dataset["kind"] == "quickstart" and saved.dataset["split"] == "test"
     assert saved.natural == own.natural and saved.robust_correct == own.robust_correct
     # The report is about the model that was saved.
     pixels = torch.stack([_pixels(load_digits()["test"][index]["image"]) for index in saved.sample_indices])
@@ -61,8 +64,12 @@ def test_whole_journey_in_small(tmp_path):
         assert (model.pixel_space()(pixels).argmax(1) == labels).tolist() == saved.natural_correct
 
     card = ModelCard.load(folder / "README.md")
-    values = {result.metric_name.split(" (")[0]: result.metric_value for result in card.data.eval_results}
-    assert values == {"Natural accuracy": own.natural_accuracy, "Robust accuracy": own.robust_accuracy}
+    values = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert values == {
+        "Natural accuracy (10 images)": own.natural_accuracy,
+        "Robust accuracy (Linf, eps = 0.1, AutoAttack (standard), 10 images)": own.robust_accuracy,
+        "Natural accuracy (1,000 images)": on_all.natural_accuracy,
+    }
     assert f"autolora quickstart --mode {settings.mode} --epochs 2" in card.text
     for picture in ("adversarial_examples.png", "training_curves.png"):
         assert picture in card.text

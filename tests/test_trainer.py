@@ -567,10 +567,10 @@ def test_test_data_must_be_new(tmp_path):
         trainer.evaluate_robustness(pictures().select(validation_rows[:3]), attack="pgd")
     with pytest.raises(ValueError, match="shares images with the validation data"):
         trainer.evaluate_robustness(trainer.eval_dataset, attack="pgd")
-    assert trainer.reports == []
+    assert trainer.model.results == []
 
     report = trainer.evaluate_robustness(pictures(9, seed=5, split="test"), attack="pgd", progress=False)
-    assert trainer.reports == [report]
+    assert [result["robust_correct"] for result in trainer.model.results] == [report.robust_correct]
     assert report.threat_model == trainer.args.threat_model
     assert report.natural.total == 9
 

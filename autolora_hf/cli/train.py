@@ -11,11 +11,9 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from ..config import AutoLoraConfig, PixelRadius, radius_argument
 from ..data import as_pixel_dataset
-from ..evaluation import training_curves_figure
 from ..factory import get_autolora_model
-from ..hub.model_card import write_model_card
-from ..quickstart import CURVES, REPORT
 from ..training import AutoLoraTrainer, AutoLoraTrainingArguments
+from ..training.publishing import CURVES
 from .data import open_data
 from .display import show_progress
 
@@ -77,6 +75,10 @@ COMMON = (
     "dataloader_num_workers",
     "report_to",
     "use_cpu",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_strategy",
+    "hub_private_repo",
 )
 # Options the schedule and the collator rely on: there is no other sensible value.
 FIXED = ("eval_strategy", "save_strategy", "remove_unused_columns", "ddp_find_unused_parameters")
@@ -140,23 +142,15 @@ def run(argv: list[str]) -> None:
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
 
     folder = Path(args.output_dir)
-    trainer.save_model()
-    training_curves_figure(trainer.state.log_history, folder / CURVES)
-    reports = {}
     if test is not None:
-        report = trainer.evaluate_robustness(test, max_samples=min(data.test_samples, len(test)))
-        report.save(folder / REPORT)
-        print(f"\n{report}")
-        reports["this model"] = report
-    write_model_card(
-        folder,
-        model,
-        reports,
-        plan=trainer.plan,
-        dataset=_data_name(data.train_data),
-        command=f"autolora train {shlex.join(argv)}",
-        figures={"The training: validation accuracies, loss scalars, learning rate": CURVES},
-    )
+        print(f"\n{trainer.evaluate_robustness(test, max_samples=min(data.test_samples, len(test)))}")
+    dataset, command = _data_name(data.train_data), f"autolora train {shlex.join(argv)}"
+    if args.push_to_hub:
+        pushed = trainer.push_to_hub(dataset=dataset, command=command)
+        print(f"\nPublished as {trainer.hub_model_id}: {pushed.commit_url}")
+    else:
+        trainer.save_model()
+        trainer.create_model_card(dataset=dataset, command=command)
     print(f"\nSaved in {folder}/: the model, its card (README.md) and {CURVES}.")
 
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
+from ..download import is_repository_name
 from ..evaluation import RobustnessReport
 from ..files import write_atomically
 from ..layout import base_tensors, deployed_tensors, loads_with_stock_peft
 from ..modeling import AutoLoraModel
+from ..saving import current_results
 
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
@@ -23,59 +28,152 @@ CARD = "README.md"
 def write_model_card(
     folder: str | os.PathLike,
     model: AutoLoraModel,
-    reports: Mapping[str, RobustnessReport],
     *,
-    plan: Mapping[str, Any] | None = None,
+    name: str | None = None,
     dataset: str | None = None,
+    comparisons: Mapping[str, RobustnessReport] | None = None,
     training_note: str | None = None,
     command: str | None = None,
     figures: Mapping[str, str] | None = None,
     license: str | None = None,
+    tags: list[str] | None = None,
 ) -> Path:
     """Writes `README.md` into `folder`: Hub metadata, what was measured and on how many images, and how to load it.
+
+    What was measured comes from [`AutoLoraModel.results`], how it was trained from `AutoLoraModel.training_plan`. The
+    metadata state robust accuracy only if it was measured with AutoAttack.
 
     Args:
         folder (`str`): Where [`AutoLoraModel.save_pretrained`] wrote the model.
         model (`AutoLoraModel`): The model the card is about.
-        reports (`Mapping[str, RobustnessReport]`): Measurements by row title. The first one is this model's; others
-            are shown for comparison. May be empty: the card then says that nothing was measured.
-        plan (`Mapping`, *optional*): `AutoLoraTrainer.plan`.
-        dataset (`str`, *optional*): What it was trained and measured on.
+        name (`str`, *optional*): What to load it by: `"org/name"` once it is on the Hub. `None`: the folder's name.
+        dataset (`str`, *optional*): What to call the data. `None`: the recorded name of the first result's data.
+        comparisons (`Mapping[str, RobustnessReport]`, *optional*): Measurements of other models, by row title.
         training_note (`str`, *optional*): A sentence about the training that the plan does not hold.
         command (`str`, *optional*): Command that repeats training and measurement.
         figures (`Mapping[str, str]`, *optional*): Picture files in `folder`, by caption.
         license (`str`, *optional*): Hub licence identifier. `None`: left open, since it depends on backbone and data.
+        tags (`list[str]`, *optional*): Further tags.
     """
     folder = Path(folder)
-    config = model.autolora_config
-    own = next(iter(reports.values()), None)
-    named = model.backbone["name_or_path"] or model.backbone["architecture"]
+    results = reports_of(model)
+    dataset = dataset or next((report.dataset.get("name") for report in results), None)
+    name = name or folder.resolve().name
+    titles = [
+        f"this model, measurement {number}" if number > 1 else "this model" for number in range(1, len(results) + 1)
+    ]
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
+    environment.filters["inline"] = inline
     body = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        title=" for ".join(filter(None, [f"Robust {named}", dataset])),
-        config=config,
+        dataset=dataset,
+        named=_source(model) or model.backbone["architecture"],
+        config=model.autolora_config,
         backbone=model.backbone,
+        base_code=_base_code(model),
         preprocessing=model.preprocessing,
         label_names=model.label_names,
         num_classes=model.num_classes,
         threat_model=model.threat_model,
         parameters=_backbone_parameters(model),
         adapter_parameters=_adapter_parameters(model),
-        stock_peft=_is_stock_adapter(model),
-        own=own,
-        reports=dict(reports),
-        plan=dict(plan or {}),
-        dataset=dataset,
+        stock_peft=loads_with_stock_peft(model),
+        reports=dict(zip(titles, results, strict=True)) | dict(comparisons or {}),
+        own=results,
+        publishable=any(report.publishable for report in results),
+        plan=model.training_plan or {},
         training_note=training_note,
         command=command,
         figures=dict(figures or {}),
-        folder_name=folder.resolve().name,
+        name=name,
+        on_hub=is_repository_name(name),
         percent=lambda share: f"{100 * share:.1f}",
     )
-    card = f"---\n{_metadata(model, own, dataset, license, folder.resolve().name).to_yaml()}\n---\n\n{body.strip()}\n"
+    data = _metadata(model, results, dataset, license, name.rpartition("/")[2], tags or [])
+    body = re.sub(r"\n{3,}", "\n\n", body.strip())
+    card = f"---\n{data.to_yaml()}\n---\n\n{body}\n"
     ModelCard(card)  # raises if the metadata block is not valid
     write_atomically(folder / CARD, card.encode())
     return folder / CARD
+
+
+def rename_card(folder: Path, repo_id: str) -> None:
+    """Makes the snippets of a card load the model by its name on the Hub, where they load it by a folder's name."""
+    card = folder / CARD
+    if not card.is_file():
+        return
+    text = card.read_text(encoding="utf-8")
+    known = re.search(r'load_autolora_model\("([^"\n]+)"', text)
+    if known is None or known[1] == repo_id:
+        return
+    old, short = re.escape(known[1]), repo_id.rpartition("/")[2]
+    text = re.sub(rf'"local-dir:{old}"', f'"hf-hub:{repo_id}"', text)
+    text = re.sub(rf'"{old}"', f'"{repo_id}"', text)
+    text = re.sub(rf"^(autolora \w+) {old}\b", rf"\1 {repo_id}", text, flags=re.MULTILINE)
+    text = re.sub(rf"^(model-index:\n- name: ){old}$", rf"\g<1>{short}", text, flags=re.MULTILINE)
+    write_atomically(card, text.encode())
+
+
+def reports_of(model: AutoLoraModel) -> list[RobustnessReport]:
+    """What was measured with the weights that the model has now, publishable ones first."""
+    contents = [
+        {key: value for key, value in result.items() if key != "weights_sha256"} for result in current_results(model)
+    ]
+    reports = [RobustnessReport.from_dict(content) for content in contents]
+    return sorted(reports, key=lambda report: not report.publishable)
+
+
+def inline(text: Any) -> str:
+    """`text` as plain words inside a line of Markdown: a name may come from a stranger's data."""
+    words = "".join(char if char.isprintable() else " " for char in str(text))
+    return re.sub(r"([\\`*_{}\[\]<>|#~])", r"\\\1", " ".join(words.split()))
+
+
+def _source(model: AutoLoraModel) -> str | None:
+    """Name of the backbone: the recorded one, but never a path of the machine it was trained on."""
+    name = model.backbone["name_or_path"]
+    if name and (os.path.isabs(name) or name.startswith((".", "~", "local-dir:")) or os.path.isdir(name)):
+        return Path(name.removeprefix("local-dir:")).name
+    return name
+
+
+def _hub_name(model: AutoLoraModel) -> str | None:
+    """Repository of the backbone on the Hub, if it has one."""
+    name = model.backbone["name_or_path"] or ""
+    if timm.is_model(name):
+        return timm.get_pretrained_cfg_value(name, "hf_hub_id")
+    return name if is_repository_name(name) and not os.path.exists(name) else None
+
+
+def _base_code(model: AutoLoraModel) -> str:
+    """Python lines that make `backbone`, the model that the adapter belongs on, without this package."""
+    name, classes = model.backbone["name_or_path"], model.num_classes
+    if name == "quickstart":
+        return textwrap.dedent(
+            f"""\
+            from importlib.resources import files
+
+            import timm
+
+            folder = files("autolora_hf") / "assets/quickstart"  # the backbone's files; any copy of them will do
+            backbone = timm.create_model(f"local-dir:{{folder}}", pretrained=True, num_classes={classes})"""
+        )
+    if name is None:
+        return "backbone = ...  # the model it was trained on"
+    shown, revision = _source(model), model.backbone["revision"]
+    if model.backbone["library"] == "timm":
+        if not timm.is_model(name):
+            prefix, suffix = ("hf-hub", f"@{revision}" if revision else "") if shown == name else ("local-dir", "")
+            shown = f"{prefix}:{shown}{suffix}"
+        return f'import timm\n\nbackbone = timm.create_model("{shown}", pretrained=True, num_classes={classes})'
+    pinned = f', revision="{revision}"' if revision else ""
+    return textwrap.dedent(
+        f"""\
+        from transformers import AutoModelForImageClassification
+
+        backbone = AutoModelForImageClassification.from_pretrained(
+            "{shown}"{pinned}, num_labels={classes}, ignore_mismatched_sizes=True
+        )"""
+    )
 
 
 def _backbone_parameters(model: AutoLoraModel) -> int:
@@ -85,58 +183,74 @@ def _backbone_parameters(model: AutoLoraModel) -> int:
 
 
 def _adapter_parameters(model: AutoLoraModel) -> int:
-    """Parameters of the published adapter: the robust branch, the head and the BatchNorm layers."""
+    """Values of the published adapter: the robust branch, the head and the norms."""
     if model.autolora_config.mode == "full":
         return 0
     return sum(tensor.numel() for tensor in deployed_tensors(model).values())
 
 
-def _is_stock_adapter(model: AutoLoraModel) -> bool:
-    return model.autolora_config.mode == "adapter" and loads_with_stock_peft(model)
-
-
 def _metadata(
-    model: AutoLoraModel, report: RobustnessReport | None, dataset: str | None, license: str | None, name: str
+    model: AutoLoraModel,
+    results: list[RobustnessReport],
+    dataset: str | None,
+    license: str | None,
+    name: str,
+    tags: list[str],
 ) -> ModelCardData:
-    source = model.backbone["name_or_path"] or ""
-    on_hub = source.count("/") == 1 and not os.path.exists(source)
-    results = []
-    if report is not None:
-        description = {"task_type": "image-classification", "dataset_type": "image-folder"}
-        description["dataset_name"] = dataset or "unnamed"
-        settings = {
-            "norm": report.threat_model.norm,
-            "eps": report.threat_model.eps,
-            "attack": report.attack,
-            "n_examples": len(report.sample_indices),
-            "seed": report.seed,
-        }
-        results = [
-            EvalResult(
-                **description,
-                metric_type="accuracy",
-                metric_name="Natural accuracy",
-                metric_value=report.natural_accuracy,
-                metric_args={"n_examples": len(report.sample_indices)},
-            ),
-            EvalResult(
-                **description,
-                metric_type="accuracy",
-                metric_name=f"Robust accuracy ({report.threat_model}, {report.attack})",
-                metric_value=report.robust_accuracy,
-                metric_args=settings,
-            ),
-        ]
     if model.autolora_config.mode == "full":
-        library = model.backbone["library"]
+        library, relation = model.backbone["library"], "finetune"
     else:
-        library = "peft" if loads_with_stock_peft(model) else "autolora_hf"
+        library, relation = "peft" if loads_with_stock_peft(model) else "autolora_hf", "adapter"
+    base = _hub_name(model)
+    extra: dict[str, Any] = {"base_model": base, "base_model_relation": relation} if base else {}
+    sources = [report.dataset for report in results] + [(model.training_plan or {}).get("training_data") or {}]
+    on_hub = [source["name"] for source in sources if source.get("kind") == "hub"]
+    if on_hub:
+        extra["datasets"] = list(dict.fromkeys(on_hub))
+    metrics = [metric for report in results for metric in _metrics(report, dataset)]
+    if metrics:
+        extra |= {"model_name": name, "eval_results": metrics, "metrics": ["accuracy"]}
+    known = ["adversarial-robustness", "autolora", "lora", model.backbone["library"], "safetensors"]
     return ModelCardData(
         library_name=library,
         pipeline_tag="image-classification",
         license=license,
-        base_model=source.removeprefix("hf-hub:") if on_hub else None,
-        tags=["adversarial-robustness", "autolora", "lora", model.backbone["library"], "safetensors"],
-        model_name=name if results else None,
-        eval_results=results or None,
+        tags=list(dict.fromkeys([*known, *tags])),
+        **extra,
     )
+
+
+def _metrics(report: RobustnessReport, dataset: str | None) -> list[EvalResult]:
+    """Natural accuracy and, if it is one to publish, robust accuracy, each with its interval."""
+    on_hub = report.dataset.get("kind") == "hub"
+    common = {
+        "task_type": "image-classification",
+        "task_name": "Image classification",
+        "dataset_type": report.dataset["name"] if on_hub else "image-folder",
+        "dataset_name": dataset or "unnamed",
+        "dataset_config": report.dataset.get("config"),
+        "dataset_split": report.dataset.get("split"),
+        "dataset_revision": report.dataset.get("revision"),
+        "metric_type": "accuracy",
+    }
+    size = {"n_examples": report.natural.total}
+    threat = {
+        "norm": report.threat_model.norm,
+        "eps": report.threat_model.eps,
+        "attack": report.attack,
+        "seed": report.seed,
+    }
+    metrics = [(f"Natural accuracy ({report.natural.total:,} images)", report.natural, size)]
+    if report.publishable:
+        attack = report.attack.split(":")[0]
+        title = f"Robust accuracy ({report.threat_model}, {attack}, {report.robust.total:,} images)"
+        metrics.append((title, report.robust, {**size, **threat}))
+    return [
+        EvalResult(
+            **common,
+            metric_name=title,
+            metric_value=accuracy.value,
+            metric_args={**arguments, "confidence_interval_95": [accuracy.low, accuracy.high]},
+        )
+        for title, accuracy, arguments in metrics
+    ]

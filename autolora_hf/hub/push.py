@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import Future
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi
@@ -10,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from ..record import RECORD, Record
 from ..saving import FILES, check_files
+from .model_card import rename_card
 
 
 RELEASE_FILES = (RECORD, *dict.fromkeys(name for names in FILES.values() for name in names))
@@ -25,9 +27,10 @@ def push_folder(
     private: bool | None = None,
     token: str | bool | None = None,
     revision: str | None = None,
-    commit_message: str = "Upload robust model",
+    commit_message: str | None = "Upload robust model",
     create_pr: bool = False,
-) -> CommitInfo:
+    run_as_future: bool = False,
+) -> CommitInfo | Future[CommitInfo]:
     """Publishes a saved model, its card and its pictures on the Hub.
 
     Everything arrives in one commit, so nobody ever sees half of it; a push that was cut off can simply be repeated,
@@ -42,6 +45,7 @@ def push_folder(
         revision (`str`, *optional*): Branch to push to; created if there is none.
         commit_message (`str`): Message of the commit.
         create_pr (`bool`): Open a pull request instead of committing.
+        run_as_future (`bool`): Upload in the background, and return a future.
 
     Raises:
         FileNotFoundError, ValueError: If the folder is no complete model.
@@ -55,12 +59,14 @@ def push_folder(
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
+        rename_card(folder, repo_id)
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
             commit_message=commit_message,
             revision=revision,
             create_pr=create_pr,
+            run_as_future=run_as_future,
             allow_patterns=list(PUBLISHED),
             ignore_patterns=list(KEPT_BACK),
             delete_patterns=list(RELEASE_FILES),

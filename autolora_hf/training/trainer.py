@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import EvalPrediction, ProgressCallback, Trainer, TrainerCallback
+from transformers import EvalPrediction, ProgressCallback, TrainerCallback
 
 from ..attacks.pgd import PGD, attack_mode, logits_of
 from ..config import ThreatModel
@@ -22,10 +22,10 @@ from ..data import (
     check_class_names,
     check_labels,
     collate,
+    describe_data,
     same_data,
     stratified_split,
 )
-from ..evaluation import RobustnessReport, evaluate_robustness
 from ..factory import get_autolora_model
 from ..files import write_atomically, write_json
 from ..frozen import FrozenRoute
@@ -36,6 +36,7 @@ from ..routes import NATURAL, ROBUST
 from ..schedules import PlateauHalving, default_checkpoints, default_epochs
 from .arguments import AutoLoraTrainingArguments
 from .progress import EpochTableCallback
+from .publishing import PublishingTrainer
 from .redirect import call_inside
 from .schedule import AutoLoraScheduler
 
@@ -45,7 +46,7 @@ logger = logging.getLogger(__name__)
 PLAN = "training_plan.json"
 
 
-class AutoLoraTrainer(Trainer):
+class AutoLoraTrainer(PublishingTrainer):
     """Robust fine-tuning with an automatic learning rate and automatic loss scalars (AutoLoRa, ICLR 2024).
 
     Args:
@@ -90,9 +91,9 @@ class AutoLoraTrainer(Trainer):
         model.threat_model = args.threat_model
         args.resolve_optimizer(model.autolora_config.mode)
         self.objective = OBJECTIVES[args.objective]()
-        self.reports: list[RobustnessReport] = []
         train, validation = self._prepare_data(model, args, train_dataset, eval_dataset)
-        self.plan = self._make_plan(args, len(train), len(validation), eval_dataset is None)
+        self.plan = self._make_plan(args, train, validation, eval_dataset is None)
+        model.training_plan = self.plan
         super().__init__(
             model=model,
             args=args,
@@ -121,7 +122,8 @@ class AutoLoraTrainer(Trainer):
             )
         if args.should_save:
             write_json(self.plan, Path(args.output_dir) / PLAN)
-        logger.info("Training plan: %s", ", ".join(f"{key} {value}" for key, value in self.plan.items()))
+        shown = {**self.plan, "training_data": self.plan["training_data"]["name"] or "in memory"}
+        logger.info("Training plan: %s", ", ".join(f"{key} {value}" for key, value in shown.items()))
 
     # ---- data and plan ----
 
@@ -151,19 +153,20 @@ class AutoLoraTrainer(Trainer):
 
     @staticmethod
     def _make_plan(
-        args: AutoLoraTrainingArguments, train_size: int, validation_size: int, held_out: bool
+        args: AutoLoraTrainingArguments, train: PixelDataset, validation: PixelDataset, held_out: bool
     ) -> dict[str, Any]:
         """Resolves what depends on the size of the training set, and writes it down."""
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        steps = math.ceil(train_size / batch)
+        steps = math.ceil(len(train) / batch)
         if args.num_train_epochs is None:
             args.num_train_epochs = default_epochs(steps)
         epochs = math.ceil(args.num_train_epochs)
         return {
             "objective": args.objective,
             "threat_model": str(args.threat_model),
-            "training_images": train_size,
-            "validation_images": validation_size,
+            "training_data": describe_data(train),
+            "training_images": len(train),
+            "validation_images": len(validation),
             "validation_held_out_of_training": held_out,
             "batch_size": batch,
             "steps_per_epoch": steps,
@@ -319,35 +322,6 @@ class AutoLoraTrainer(Trainer):
                 hit = self.accelerator.gather_for_metrics(predictions == inputs["labels"])
                 hits, total = hits + hit.sum().item(), total + len(hit)
         return hits / total
-
-    def prepare_test_data(self, dataset: Any) -> PixelDataset:
-        """Test data as the model wants them, checked against what training saw.
-
-        Raises:
-            ValueError: If `dataset` shares images with the training or validation data, or has other classes.
-        """
-        columns = {"image_column": self.args.image_column, "label_column": self.args.label_column}
-        test = as_pixel_dataset(dataset, self.model.preprocessing, name="dataset", **columns)
-        for name, seen in (("training", self.train_dataset), ("validation", self.eval_dataset)):
-            if same_data(test, seen):
-                raise ValueError(
-                    f"The dataset shares images with the {name} data, which the weights were "
-                    f"{'fitted to' if name == 'training' else 'selected with'}: robust accuracy on it says nothing "
-                    "about new images. Pass test data that was not used in training."
-                )
-        check_class_names(self.train_dataset.class_names, test.class_names, "dataset")
-        return test
-
-    def evaluate_robustness(self, dataset: Any, attack: Any = "autoattack", **kwargs: Any) -> RobustnessReport:
-        """[`evaluate_robustness`] of the deployed route on test data, under the threat model of the training.
-
-        Raises:
-            ValueError: If `dataset` shares images with the training or validation data.
-        """
-        test = self.prepare_test_data(dataset)
-        report = evaluate_robustness(self.model, test, self.args.threat_model, attack, **kwargs)
-        self.reports.append(report)
-        return report
 
     # ---- logging ----
 

@@ -1,0 +1,160 @@
+"""Measuring what was trained, and publishing it on the Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, HfApi
+from transformers import Trainer
+from transformers.trainer_utils import HubStrategy
+from transformers.utils.hub import PushInProgress
+
+from ..data import PixelDataset, as_pixel_dataset, check_class_names, same_data
+from ..evaluation import RobustnessReport, evaluate_robustness, training_curves_figure
+from ..files import staged
+from ..hub.model_card import write_model_card
+from ..hub.push import RELEASE_FILES, push_folder
+from ..record import RECORD
+from ..routes import ROBUST
+
+
+CURVES = "training_curves.png"
+
+
+class PublishingTrainer(Trainer):
+    """The part of [`AutoLoraTrainer`] that comes after the training."""
+
+    def prepare_test_data(self, dataset: Any) -> PixelDataset:
+        """Test data as the model wants them, checked against what training saw.
+
+        Raises:
+            ValueError: If `dataset` shares images with the training or validation data, or has other classes.
+        """
+        columns = {"image_column": self.args.image_column, "label_column": self.args.label_column}
+        test = as_pixel_dataset(dataset, self.model.preprocessing, name="dataset", **columns)
+        for name, seen in (("training", self.train_dataset), ("validation", self.eval_dataset)):
+            if same_data(test, seen):
+                raise ValueError(
+                    f"The dataset shares images with the {name} data, which the weights were "
+                    f"{'fitted to' if name == 'training' else 'selected with'}: robust accuracy on it says nothing "
+                    "about new images. Pass test data that was not used in training."
+                )
+        check_class_names(self.train_dataset.class_names, test.class_names, "dataset")
+        return test
+
+    def evaluate_robustness(self, dataset: Any, attack: Any = "autoattack", **kwargs: Any) -> RobustnessReport:
+        """[`evaluate_robustness`] of the deployed route on test data, under the threat model of the training.
+
+        The report is remembered as one of `model.results`: it is saved with the model and stands in its card.
+
+        Raises:
+            ValueError: If `dataset` shares images with the training or validation data.
+        """
+        test = self.prepare_test_data(dataset)
+        report = evaluate_robustness(self.model, test, self.args.threat_model, attack, **kwargs)
+        if report.route == ROBUST:
+            self.model.add_result(report)
+        return report
+
+    def create_model_card(
+        self,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        dataset: str | None = None,
+        **card: Any,
+    ) -> None:
+        """Writes the card of the model, and its training curves, into `args.output_dir`.
+
+        Args:
+            license (`str`), tags (`list[str]`), dataset (`str`), **card (*optional*): See [`write_model_card`].
+            model_name (`str`, *optional*): What to load the model by; its name on the Hub if it is to go there.
+        """
+        if not self.is_world_process_zero():
+            return
+        folder = Path(self.args.output_dir)
+        figures = dict(card.pop("figures", {}))
+        if any("eval_robust_accuracy" in entry for entry in self.state.log_history):
+            training_curves_figure(self.state.log_history, folder / CURVES)
+            figures["The training: validation accuracies, loss scalars, learning rate"] = CURVES
+        tags = [tags] if isinstance(tags, str) else tags
+        name = self.hub_model_id or model_name
+        write_model_card(
+            folder, self.model, name=name, license=license, tags=tags, dataset=dataset, figures=figures, **card
+        )
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo | Any:
+        """Publishes model and card in `args.hub_model_id`, in one commit; see [`push_folder`].
+
+        Args:
+            commit_message (`str`), blocking (`bool`), token (`str`), revision (`str`), private (`bool`, *optional*):
+                As in `Trainer.push_to_hub`.
+            **kwargs: Passed on to [`create_model_card`].
+
+        Returns:
+            `CommitInfo`, or a future of it with `blocking=False`; `None` in all but the main process.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = token if token is not None else self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**kwargs)
+        self._finish_current_push()
+        return self._push(self.args.output_dir, commit_message, token, revision, run_as_future=not blocking)
+
+    def _push(
+        self, folder: str | Path, message: str | None, token: str | None, revision: str | None, **how: Any
+    ) -> Any:
+        revision = revision if revision is not None else self.args.hub_revision
+        return push_folder(folder, self.hub_model_id, commit_message=message, token=token, revision=revision, **how)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """What `hub_strategy` asks for after a checkpoint.
+
+        `Trainer`'s own would push its arguments as a pickle, and would not know the files of this model.
+        """
+        strategy = self.args.hub_strategy
+        if not self.is_world_process_zero() or strategy == HubStrategy.END:
+            return
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        # Checkpoints may be deleted while they are being uploaded.
+        with staged(Path(self.args.output_dir), last=RECORD) as folder:
+            for name in RELEASE_FILES:
+                source = Path(checkpoint_folder) / name
+                if source.is_file():
+                    (folder / name).parent.mkdir(exist_ok=True)
+                    (folder / name).write_bytes(source.read_bytes())
+        self.create_model_card()
+        message = f"Training in progress, epoch {int(self.state.epoch)}"
+        token = self.args.hub_token
+        jobs = [self._push(self.args.output_dir, message, token, None, run_as_future=True)]
+        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            name = Path(checkpoint_folder).name if strategy == HubStrategy.ALL_CHECKPOINTS else "last-checkpoint"
+            upload = HfApi(token=token).upload_folder(
+                repo_id=self.hub_model_id,
+                folder_path=checkpoint_folder,
+                path_in_repo=name,
+                commit_message=f"{message}, checkpoint",
+                revision=self.args.hub_revision,
+                run_as_future=True,
+            )
+            jobs.append(upload)
+        if busy:
+            self.push_in_progress.jobs.extend(jobs)
+        else:
+            self.push_in_progress = PushInProgress(jobs)
