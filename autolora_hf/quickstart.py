@@ -28,10 +28,10 @@ from .config import AutoLoraConfig, ThreatModel
 from .data import as_pixel_dataset, stratified_subset
 from .evaluation import (
     RobustnessReport,
-    adversarial_examples_figure,
     evaluate_robustness,
     training_curves_figure,
 )
+from .evaluation.examples import draw_examples
 from .factory import get_autolora_model, load_autolora_model
 from .files import write_json
 from .hub.model_card import write_model_card
@@ -134,7 +134,7 @@ def run_quickstart(output_dir: str | os.PathLike, settings: QuickstartSettings |
     robust.model.save_pretrained(output_dir)
     for name, report in comparisons.items():
         report.save(output_dir / FILES[name])
-    _draw_examples(robust.model, test, own, output_dir / EXAMPLES)
+    draw_examples(robust.model, test, own, output_dir / EXAMPLES)
     training_curves_figure(robust.state.log_history, output_dir / CURVES)
     write_json(robust.state.log_history, output_dir / "log_history.json")
     options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(settings).items())
@@ -219,24 +219,6 @@ def _measure_saved(folder: Path, indices: list[int], seed: int) -> RobustnessRep
     """AutoAttack on a part of the test digits; runs in the second process."""
     test = load_digits()["test"]
     return evaluate_robustness(load_autolora_model(folder), test, sample_indices=indices, seed=seed, progress=False)
-
-
-def _draw_examples(
-    model: AutoLoraModel, test: datasets.Dataset, report: RobustnessReport, path: Path, rows: int = 6
-) -> None:
-    """Images that withstood AutoAttack and, if there are any, up to two that did not; attacked with PGD-50."""
-    outcome = zip(report.sample_indices, report.natural_correct, report.robust_correct, strict=True)
-    outcome = list(outcome)
-    broken = [index for index, natural, robust in outcome if natural and not robust][:2]
-    held = [index for index, _, robust in outcome if robust]
-    spaced = held[:: max(1, len(held) // rows)][: rows - len(broken)]
-    pixel_dataset = as_pixel_dataset(test, model.preprocessing)
-    items = [pixel_dataset[index] for index in [*spaced, *broken]]
-    pixels = torch.stack([item["pixel_values"] for item in items])
-    labels = torch.tensor([item["labels"] for item in items])
-    pixel_model = model.pixel_space()
-    adversarial = PGD(model.threat_model, steps=50, restarts=2)(pixel_model, pixels, labels)
-    adversarial_examples_figure(pixel_model, pixels, labels, adversarial, model.label_names, path)
 
 
 def load_digits() -> datasets.DatasetDict:

@@ -10,11 +10,15 @@ COMMANDS = {
     "quickstart": "robust fine-tuning of a shipped backbone on real digits, in minutes, without a network",
     "train": "robust fine-tuning of any supported checkpoint on your own images",
     "evaluate": "natural and robust accuracy of a saved model",
+    "release": "a measured release of a model, or of a small adapter extracted from it, with its card",
+    "push": "publish a release on the Hugging Face Hub",
+    "verify": "measure again what the card of a published model claims",
+    "export": "an ONNX file or a plain checkpoint of a saved model",
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0 done, 1 the run failed with a message, 2 wrong usage."""
+    """Runs one command; returns the exit status: 0 done, 1 it failed or a check did not hold, 2 wrong usage."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
@@ -31,11 +35,11 @@ def main(argv: list[str] | None = None) -> int:
     # Imported late: `autolora --help` should not wait for torch.
     command = import_module(f".{name}", __name__)
     try:
-        command.run(rest)
+        status = command.run(rest)
     except (ValueError, TypeError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         print(f"autolora {name}: error: {error}", file=sys.stderr)
         return 1
-    return 0
+    return status or 0
 
 
 def _usage() -> str:

@@ -9,9 +9,9 @@ from ..attacks import PGD
 from ..config import ThreatModel, radius_argument
 from ..data import as_pixel_dataset, check_class_names
 from ..evaluation import evaluate_robustness
-from ..factory import load_autolora_model
 from .data import open_data
 from .display import show_progress
+from .model import add_model_arguments, open_model
 
 
 def run(argv: list[str]) -> None:
@@ -20,10 +20,9 @@ def run(argv: list[str]) -> None:
         description="Measures natural and robust accuracy of a saved model, with 95 % confidence intervals.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("model", help="folder or Hub repository of a saved model")
+    add_model_arguments(parser)
     parser.add_argument("--data", required=True, help="folder of images by class, Hub data set name, or 'digits'")
     parser.add_argument("--split", help="split of --data, e.g. test")
-    parser.add_argument("--base-model", help="backbone of an adapter, if it is not found by the recorded name")
     parser.add_argument("--attack", choices=["autoattack", "pgd"], default="autoattack", help="what attacks the model")
     parser.add_argument("--steps", type=int, default=50, help="steps of --attack pgd")
     parser.add_argument("--restarts", type=int, default=1, help="restarts of --attack pgd")
@@ -40,7 +39,7 @@ def run(argv: list[str]) -> None:
 
     show_progress()
     source = open_data(args.data, args.split)
-    model = load_autolora_model(args.model, base_model=args.base_model)
+    model = open_model(args)
     changes = {"norm": args.norm, "eps": None if args.eps is None else float(args.eps)}
     threat_model: ThreatModel = dataclasses.replace(
         model.threat_model, **{name: value for name, value in changes.items() if value is not None}
