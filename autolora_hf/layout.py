@@ -71,7 +71,9 @@ def loads_with_stock_peft(model: AutoLoraModel) -> bool:
 
 def matched_by_suffix(base: nn.Module, names: list[str], separator: str = ".") -> list[str] | None:
     """`names`, if PEFT, which matches the ends of names, takes them for these layers and no others."""
-    layers = {re.sub(r"\.(base_layer|original_module|modules_to_save\.\w+)$", "", n) for n, _ in base.named_modules()}
+    # A second copy of a layer without weights, such as a norm that is switched off, changes nothing.
+    modules = [name for name, module in base.named_modules() if module.state_dict()]
+    layers = {re.sub(r"\.(base_layer|original_module|modules_to_save\.\w+)$", "", name) for name in modules}
     ends = tuple(f"{separator}{name}" for name in names)
     return names if {name for name in layers if f"{separator}{name}".endswith(ends)} == set(names) else None
 

@@ -335,13 +335,17 @@ def requested_modules(model: nn.Module, config: AutoLoraConfig) -> list[str] | N
     if not config.modules_to_save:
         return None
     modules, wanted = dict(model.named_modules()), list(config.modules_to_save)
-    missing = [end for end in wanted if not any(f".{name}".endswith(f".{end}") for name in modules)]
-    if missing:
-        raise ValueError(
-            f"`modules_to_save` names modules that {type(model).__name__} does not have: {_listed(missing)}."
-        )
-    taken = {*config.heads, *statistics_norms(model)}
-    found = [name for name in modules if any(f".{name}".endswith(f".{end}") for end in wanted) and name not in taken]
+    taken, found = {*config.heads, *statistics_norms(model)}, set()
+    for end in wanted:
+        matches = [name for name in modules if f".{name}".endswith(f".{end}")]
+        if not matches:
+            raise ValueError(f"`modules_to_save` names {end!r}, which {type(model).__name__} does not have.")
+        # An end such as "norm" may match placeholders of layers that are switched off.
+        matches = [name for name in matches if next(modules[name].parameters(), None) is not None]
+        if not matches:
+            raise ValueError(f"`modules_to_save` names {end!r}, which has no weights.")
+        found.update(name for name in matches if name not in taken)
+    found = [name for name in modules if name in found]
     for name in found:
         others = [other for other in (*taken, *config.target_modules, *found) if other != name]
         clash = [other for other in others if f"{other}.".startswith(f"{name}.") or f"{name}.".startswith(f"{other}.")]
@@ -350,8 +354,6 @@ def requested_modules(model: nn.Module, config: AutoLoraConfig) -> list[str] | N
                 f"`modules_to_save` includes {name!r}, which overlaps with {_listed(clash or [name])}: a layer has "
                 "either a branch or a trained copy of its own, and the head and BatchNorm have one anyway."
             )
-        if next(modules[name].parameters(), None) is None:
-            raise ValueError(f"`modules_to_save` includes {name!r}, which has no weights.")
     return found or None
 
 

@@ -5,7 +5,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from tiny_models import IMAGE_SIZE, LAYOUTS, MODELS, MODES, VARIANTS, change_everything, pixels
 from torch import nn
@@ -18,6 +18,7 @@ from autolora_hf import (
     get_autolora_model,
     load_autolora_model,
 )
+from autolora_hf.attacks.pgd import logits_of
 from autolora_hf.frozen import FrozenRoute
 from autolora_hf.objectives import AutoLora, Batch
 from autolora_hf.schedules import LossScalars
@@ -471,7 +472,7 @@ def test_a_wrong_number_of_classes_is_refused():
         ({"bias": "all"}, ["`bias='all'`"]),
         ({"use_dora": True}, ["`use_dora=True`"]),
         ({"init_lora_weights": "pissa"}, ["`init_lora_weights='pissa'`"]),
-        ({"modules_to_save": ["fc"]}, ["`modules_to_save=['fc']`", "`head`"]),
+        ({"modules_to_save": ["fc"]}, ["`modules_to_save=['fc']`", "`mode='adapter'`"]),
         ({"lora_dropout": 0.1}, ["`lora_dropout=0.1`", "`layout='peft'`"]),
         ({"init_lora_weights": "gaussian"}, ["`init_lora_weights='gaussian'`", "`layout='peft'`"]),
         ({"r": 0}, ["`r`", "0"]),
@@ -545,3 +546,60 @@ def test_head_must_give_the_logits():
 def test_stock_config_is_refused():
     with pytest.raises(TypeError, match="must be an AutoLoraConfig, got LoraConfig"):
         get_autolora_model(MODELS["timm_vit"].fresh(), LoraConfig())
+
+
+# ---- modules that are carried whole ----
+
+
+@pytest.mark.parametrize(
+    ("name", "end", "found"),
+    [
+        ("timm_vit", ["norm1", "norm"], ["blocks.0.norm1", "blocks.1.norm1", "norm"]),
+        ("hf_vit", ["layernorm_before"], ["vit.layers.0.layernorm_before", "vit.layers.1.layernorm_before"]),
+        ("timm_resnet", ["conv1.0"], ["conv1.0"]),
+    ],
+)
+def test_modules_to_save(tmp_path, name, end, found):
+    """They train in the robust route alone, travel with the adapter, and stock PEFT loads them."""
+    tiny = MODELS[name]
+    expected = get_autolora_model(tiny.fresh(), AutoLoraConfig(mode="adapter"), preprocessing=tiny.preprocessing)
+    model = get_autolora_model(
+        tiny.fresh(), AutoLoraConfig(mode="adapter", modules_to_save=end), preprocessing=tiny.preprocessing
+    )
+    assert model.autolora_config.modules_to_save == found
+    assert set(model._saved_modules()) == set(expected._saved_modules()) | set(found)
+    images = pixels()
+    assert torch.equal(model.pixel_space()(images), expected.pixel_space()(images))
+
+    extra = [p for module in found for p in model._saved_modules()[module].parameters()]
+    assert all(parameter.requires_grad for parameter in extra)
+    for route, has_gradient in (("robust", True), ("natural", False)):
+        model.zero_grad(set_to_none=True)
+        model.pixel_space(route)(images).square().sum().backward()
+        assert all((parameter.grad is not None) == has_gradient for parameter in extra)
+
+    change_everything(model)
+    model.save_pretrained(tmp_path)
+    loaded = load_autolora_model(tmp_path, base_model=tiny.fresh())
+    for route in ("robust", "natural"):
+        assert torch.equal(loaded.pixel_space(route)(images), model.pixel_space(route)(images))
+    assert loaded.autolora_config.modules_to_save == found
+    stock = PeftModel.from_pretrained(tiny.fresh(), tmp_path).eval()
+    normalised = model.pixel_space().normalize(images)
+    assert torch.equal(logits_of(stock(normalised)), model.pixel_space()(images))
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits_of(merged(normalised)), loaded.pixel_space()(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"modules_to_save": ["nothing"]}, "'nothing', which VisionTransformer does not have"),
+        ({"modules_to_save": ["blocks.0.mlp.fc1"]}, "overlaps with blocks.0.mlp.fc1"),
+        ({"modules_to_save": ["blocks.0"]}, "overlaps with blocks.0.attn.qkv"),
+        ({"modules_to_save": ["norm_pre"]}, "which has no weights"),
+    ],
+)
+def test_modules_to_save_that_cannot_be(changes, message):
+    with pytest.raises(ValueError, match=message):
+        MODELS["timm_vit"].adapted(mode="adapter", **changes)
