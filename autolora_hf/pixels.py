@@ -22,6 +22,10 @@ from torch import Tensor, nn
 # PIL's resampling codes, which transformers' image processors store as integers.
 _RESAMPLE_NAMES = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 
+# Those that the torchvision backend of transformers computes as PIL does: "nearest" takes another pixel where two are
+# equally near, the rest does not exist.
+_SHARED_FILTERS = ("bilinear", "bicubic", "lanczos")
+
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -186,6 +190,47 @@ class Preprocessing:
         fields = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
         return {"input_size": (3, *self.image_size), **{name: getattr(self, name) for name in fields}}
 
+    def to_image_processor(self) -> dict[str, Any] | None:
+        """The content of a `preprocessor_config.json` with which `AutoImageProcessor` of transformers gives the pixels
+        of [`evaluation_transform`], normalised; `None` where no processor of transformers does.
+
+        The PIL backend gives the same pixels. The torchvision backend, which is the default, rounds otherwise: some
+        pixels differ by 1/255, a few by 2/255. Where the crop cuts the longer side of an image by 3, 7, 11, ...
+        pixels, both backends take it one pixel further left or up than torchvision's own transforms.
+
+        Not possible are `crop_mode="border"`, `crop_mode="center"` with sides of two lengths, `crop_pct` above 1, and
+        one with which that pixel is missed in every image (0.95 at 224 pixels), the filters `"nearest"`, `"box"` and
+        `"hamming"`, and `channel_order="bgr"` with a normalisation.
+        """
+        height, width = self.image_size
+        scaled = [math.floor(side / self.crop_pct) for side in self.image_size]
+        centered, blue_first = self.crop_mode == "center", self.channel_order == "bgr"
+        normalised = self.mean != (0, 0, 0) or self.std != (1, 1, 1)
+        if (
+            self.crop_mode == "border"
+            or (centered and height != width)
+            or self.crop_pct > 1
+            or any(_cut_differently(large, side) for large, side in zip(scaled, self.image_size, strict=True))
+            or self.interpolation not in _SHARED_FILTERS
+            or (blue_first and normalised)
+        ):
+            return None
+        fields = {
+            # BiT's processor is the plain one with a crop. Only MobileViT's reverses channels; it cannot normalise.
+            "image_processor_type": "MobileViTImageProcessor" if blue_first else "BitImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": {"shortest_edge": scaled[0]} if centered else {"height": scaled[0], "width": scaled[1]},
+            "resample": next(code for code, name in _RESAMPLE_NAMES.items() if name == self.interpolation),
+            "do_center_crop": True,
+            "crop_size": {"height": height, "width": width},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+        }
+        if blue_first:
+            return {**fields, "do_flip_channel_order": True}
+        return {**fields, "do_normalize": True, "image_mean": list(self.mean), "image_std": list(self.std)}
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -306,9 +351,23 @@ def _crop_candidates(processor: Any, side: int) -> list[float]:
     edges = [side, math.floor(side * 256 / 224), math.floor(side / (getattr(processor, "crop_pct", None) or 1))]
     edges += [edge for edge in (size.get("shortest_edge"), size.get("height"), size.get("width")) if edge]
     edges.append(getattr(processor, "resize_short", None) or side)
-    shares = []
-    for edge in dict.fromkeys(edges):
-        share = side / edge
-        # The size before the crop is recovered as floor(side / share), which a rounding error would make one less.
-        shares.append(share if math.floor(side / share) == edge else math.nextafter(share, 0))
+    shares = [_share(side, edge) for edge in dict.fromkeys(edges)]
     return [share for share in shares if 0 < share <= 1.5]
+
+
+def _share(side: int, edge: int) -> float:
+    """The `crop_pct` with which `side` pixels remain of `edge`: one that checkpoints state, if it is not the quotient.
+
+    Several shares give the same number of pixels, since timm rounds down: 0.95 and 0.9532 both make 224 of 235.
+    """
+    usual = [1.0, 0.875, *(percent / 100 for percent in sorted(range(85, 100), key=lambda percent: percent % 5))]
+    share = side / edge
+    # The size before the crop is recovered as floor(side / share), which a rounding error would make one less.
+    options = (*usual, share, math.nextafter(share, 0))
+    return next(option for option in options if math.floor(side / option) == edge)
+
+
+def _cut_differently(large: int, side: int) -> bool:
+    """Whether the centre of `side` pixels of `large` begins elsewhere in transformers than in torchvision."""
+    # Half of 3 is 1.5: torchvision rounds it to the even 2, transformers down. Of 0.5, half of 1, both make 0.
+    return (large - side) % 4 == 3

@@ -18,7 +18,6 @@ from autolora_hf import (
     get_autolora_model,
     load_autolora_model,
 )
-from autolora_hf.attacks.pgd import logits_of
 from autolora_hf.frozen import FrozenRoute
 from autolora_hf.objectives import AutoLora, Batch
 from autolora_hf.schedules import LossScalars

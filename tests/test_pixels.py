@@ -1,6 +1,7 @@
 """Pixel checks, and that images are prepared as timm and transformers prepare them."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image, ImageFilter, ImageOps
 from torch import nn
 
 from autolora_hf.data import PixelTransform
-from autolora_hf.pixels import Normalize, Preprocessing, check_pixels
+from autolora_hf.pixels import Normalize, Preprocessing, _share, check_pixels
 
 
 def photo(width=420, height=300, seed=0):
@@ -211,3 +212,90 @@ def test_other_processors_are_refused(name, arguments, message):
         Preprocessing.from_image_processor(getattr(transformers, name)(**arguments))
     assert message in str(error.value)
     assert name in str(error.value)
+
+
+def loaded(config, folder, **options):
+    """What `AutoImageProcessor` makes of a `preprocessor_config.json`."""
+    (folder / "preprocessor_config.json").write_text(json.dumps(config))
+    return transformers.AutoImageProcessor.from_pretrained(folder, **options)
+
+
+BLUE_FIRST = {"mean": (0,) * 3, "std": (1,) * 3, "channel_order": "bgr"}
+AS_PROCESSORS = {
+    "default": {},
+    "odd-size": {"crop_pct": 0.9, "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "interpolation": "bilinear"},
+    "no-crop": {"image_size": (64, 64), "crop_pct": 1.0},
+    "no-normalisation": {"image_size": (64, 64), "crop_pct": 1.0, "mean": (0,) * 3, "std": (1,) * 3},
+    "lanczos": {"image_size": (64, 64), "crop_pct": 0.8, "interpolation": "lanczos"},
+    "squash": {"image_size": (48, 64), "crop_pct": 1.0, "crop_mode": "squash"},
+    "squash-and-crop": {"image_size": (64, 96), "crop_pct": 0.8, "crop_mode": "squash", "interpolation": "bilinear"},
+    "bgr": {"image_size": (64, 64), **BLUE_FIRST},
+    "bgr-squash": {"image_size": (48, 64), "crop_pct": 1.0, "crop_mode": "squash", **BLUE_FIRST},
+}
+
+
+@pytest.mark.parametrize("case", AS_PROCESSORS)
+def test_transformers_prepares_images_as_we_do(case, tmp_path):
+    preprocessing = Preprocessing(**AS_PROCESSORS[case])
+    config = preprocessing.to_image_processor()
+    std = torch.tensor(preprocessing.std).view(-1, 1, 1)
+    # PIL resizes as we do; torchvision, the default, rounds otherwise.
+    for options, most, on_average in (({"backend": "pil"}, 0.01, 0.01), ({}, 2.05, 0.25)):
+        processor = loaded(config, tmp_path, **options)
+        assert Preprocessing.from_image_processor(processor) == preprocessing
+        compared = 0
+        for size in [(420, 300), (300, 420), (97, 65), (40, 50), (131, 200), (421, 300), (64, 64), (500, 224)]:
+            if preprocessing.crop_mode == "center" and longer_side_is_cut_differently(preprocessing, size):
+                continue
+            theirs = processor(images=photo(*size), return_tensors="pt")["pixel_values"][0]
+            ours = prepared(preprocessing, photo(*size))
+            assert theirs.shape == ours.shape
+            difference = (ours - theirs).abs() * std * 255
+            assert difference.max() < most, f"{type(processor).__name__}, {size}: off by {difference.max():.3f}/255"
+            assert difference.mean() < on_average
+            compared += 1
+        assert compared >= 5
+
+
+def longer_side_is_cut_differently(preprocessing, size):
+    """Whether torchvision and transformers halve the margin to different sides."""
+    short = int(preprocessing.image_size[0] / preprocessing.crop_pct)
+    return (int(short * max(size) / min(size)) - preprocessing.image_size[0]) % 4 == 3
+
+
+@pytest.mark.parametrize("backend", ["pil", "torchvision"])
+def test_a_crop_that_transformers_halves_differently_is_one_pixel_off(tmp_path, backend):
+    """As `to_image_processor` says."""
+    preprocessing, image = Preprocessing((64, 64), crop_pct=1.0), photo(67, 64)
+    processor = loaded(preprocessing.to_image_processor(), tmp_path, backend=backend)
+    theirs = processor(images=image, return_tensors="pt")["pixel_values"][0]
+    moved = prepared(preprocessing, image.crop((1, 0, 65, 64)))
+    torch.testing.assert_close(theirs, moved, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"crop_mode": "border"},
+        {"image_size": (48, 64)},
+        {"crop_pct": 1.15},
+        {"crop_pct": 0.95},  # 235 pixels, of which 11 go: half of it is rounded to 6 or to 5
+        {"image_size": (224, 64), "crop_pct": 0.9, "crop_mode": "squash"},
+        {"interpolation": "nearest"},
+        {"interpolation": "box"},
+        {"interpolation": "hamming"},
+        {"channel_order": "bgr"},
+    ],
+)
+def test_what_no_processor_does(changes):
+    assert Preprocessing(**changes).to_image_processor() is None
+
+
+def test_every_share_that_a_crop_keeps_is_found():
+    """The size before the crop is the same, and the usual shares of images that are not tiny come back."""
+    for side in (32, 48, 64, 96, 128, 160, 192, 224, 240, 256, 288, 299, 384, 448, 518):
+        for percent in range(50, 150):
+            edge = math.floor(side / (percent / 100))
+            assert math.floor(side / _share(side, edge)) == edge
+        for share in (0.875, 0.9, 0.95, 0.96, 1.0):
+            assert side < 160 or _share(side, math.floor(side / share)) == share
