@@ -15,6 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny_models import IMAGE_SIZE, MODELS, MODES, VARIANTS, change_everything, pixels
 from torch import nn
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from autolora_hf import (
     AutoLoraConfig,
@@ -23,6 +24,7 @@ from autolora_hf import (
     files,
     get_autolora_model,
     load_autolora_model,
+    saving,
 )
 from autolora_hf.layout import ROBUST_FACTORS
 from autolora_hf.pixels import Normalize
@@ -309,6 +311,40 @@ def test_the_adapter_configuration_is_plain_peft(tmp_path, name, layout):
     assert sorted(config["target_modules"]) == sorted(model.lora_layers())
     # Stock PEFT would load the natural branch alone, which is trained on top of the robust one.
     assert not any("natural" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_plain_checkpoint(tmp_path, name, mode):
+    """The deployed route, merged: timm and transformers load it by themselves, with its classes and preprocessing."""
+    model = changed_model(name, mode)
+    model.label_names = ["ant", "bee", "cat", "dog"]
+    before, expected = copied_state(model), logits(model)
+    saving.save_plain(model, tmp_path)
+    assert same(copied_state(model), before) and same(logits(model), expected)
+    assert not [path for path in tmp_path.rglob("*") if "adapter" in path.name or "autolora" in path.name]
+    if name.startswith("timm"):
+        plain = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+        assert tuple(plain.pretrained_cfg["mean"]) == model.preprocessing.mean
+        assert json.loads((tmp_path / "config.json").read_text())["label_names"] == model.label_names
+    else:
+        plain = AutoModelForImageClassification.from_pretrained(tmp_path)
+        assert plain.config.id2label == dict(enumerate(model.label_names))
+        processor = AutoImageProcessor.from_pretrained(tmp_path)
+        assert Preprocessing.from_image_processor(processor) == model.preprocessing
+    with torch.no_grad():
+        output = plain(Normalize(model.preprocessing)(pixels()))
+    found = output if isinstance(output, torch.Tensor) else output.logits
+    torch.testing.assert_close(found, expected["robust"], rtol=1e-5, atol=1e-5)
+
+
+def test_a_plain_checkpoint_needs_a_known_architecture(tmp_path):
+    network = MODELS["timm_resnet"].fresh()
+    network.conv1[0] = nn.Conv2d(3, 16, 5, stride=2, padding=2, bias=False)
+    model = get_autolora_model(network, preprocessing=MODELS["timm_resnet"].preprocessing)
+    with pytest.raises(ValueError, match=r"changed by hand.*merge_and_unload"):
+        saving.save_plain(model, tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
 
 
 # ---- what is refused ----
