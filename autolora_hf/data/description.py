@@ -46,7 +46,7 @@ def describe_data(dataset: Any) -> DataDescription:
             quickstart = info.dataset_name == "digits" and info.builder_name == "autolora_hf"
             found.update(name=info.dataset_name, kind="quickstart" if quickstart else "folder")
     elif isinstance(dataset, (ClassFolder, str, Path)):
-        root = Path(getattr(dataset, "root", dataset)).resolve()
+        root = Path(dataset.root if isinstance(dataset, ClassFolder) else dataset).resolve()
         is_split = root.name in ("train", "training", "val", "validation", "test", "testing")
         found.update(name=root.parent.name if is_split else root.name, kind="folder")
         found["split"] = root.name if is_split else None
