@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from .config import AutoLoraConfig, ThreatModel
     from .evaluation import RobustnessReport, evaluate_robustness
     from .factory import get_autolora_model, load_autolora_model
+    from .hub.export import export_onnx
+    from .hub.extraction import extract_adapter, extract_for_accuracy
+    from .hub.verification import verify_release
     from .modeling import AutoLoraModel
     from .pixels import Preprocessing
     from .training import AutoLoraTrainer, AutoLoraTrainingArguments
@@ -29,8 +32,12 @@ _MODULES = {
     "RobustnessReport": "evaluation",
     "ThreatModel": "config",
     "evaluate_robustness": "evaluation",
+    "export_onnx": "hub.export",
+    "extract_adapter": "hub.extraction",
+    "extract_for_accuracy": "hub.extraction",
     "get_autolora_model": "factory",
     "load_autolora_model": "factory",
+    "verify_release": "hub.verification",
 }
 
 __all__ = [
@@ -43,8 +50,12 @@ __all__ = [
     "RobustnessReport",
     "ThreatModel",
     "evaluate_robustness",
+    "export_onnx",
+    "extract_adapter",
+    "extract_for_accuracy",
     "get_autolora_model",
     "load_autolora_model",
+    "verify_release",
 ]
 
 

@@ -20,6 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
+_MOST_CONTAINERS = 1_000_000
+# Of a safetensors file; a network of 20,000 tensors takes a sixth of it.
+_LARGEST_HEADER = 16 << 20
+
+
 @contextmanager
 def staged(directory: Path, last: str) -> Iterator[Path]:
     """A folder to write into; on success its files move to `directory` one by one, `last` being the final one.
@@ -75,10 +80,16 @@ def read_json(path: Path, largest: int = 64 << 20) -> Any:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist.")
-    if path.stat().st_size > largest:
-        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, more than the {largest:,} a JSON file may have.")
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > largest:
+            raise ValueError(f"{path} has {size:,} bytes, more than the {largest:,} a JSON file may have.")
+        content = file.read(largest)
+    # Three bytes of JSON, such as `{},`, become seventy in memory.
+    if content.count(b"{") + content.count(b"[") > _MOST_CONTAINERS:
+        raise ValueError(f"{path} has more than {_MOST_CONTAINERS:,} lists and objects and was not read.")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
 
@@ -116,7 +127,7 @@ class TensorInfo:
 
 
 # Weights are kept in any of these; they are converted when they are copied into a model.
-_FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = ("F64", "F32", "F16", "BF16")
 _DTYPES = {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"}
 _DTYPES[torch.bool] = "BOOL"
 
@@ -132,11 +143,18 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 def _opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: the saved model is incomplete.")
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    # One that is longer than its file is found by safetensors.
+    if _LARGEST_HEADER < length <= path.stat().st_size:
+        raise ValueError(
+            f"{path} has a header of {length:,} bytes, more than {_LARGEST_HEADER:,}, and was not loaded."
+        )
     try:
         with safe_open(path, "pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or truncated and was not loaded ({error}).") from error
+        raise ValueError(f"{path} is damaged or truncated and was not loaded ({printable(str(error))}).") from error
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -147,38 +165,56 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         ValueError: If it is damaged or truncated.
     """
     with _opened(path) as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}
-        return {name: TensorInfo(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+        return _header(file)
+
+
+def _header(file: Any) -> dict[str, TensorInfo]:
+    slices = {name: file.get_slice(name) for name in file.keys()}
+    return {name: TensorInfo(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
 
 
 def load_tensors(path: Path, expected: dict[str, Tensor] | None) -> dict[str, Tensor]:
     """Reads a safetensors file that must hold exactly the tensors of `expected`, by name, shape and kind.
 
-    Names, shapes and dtypes are compared with the file's header before memory is spent on a tensor. With `None` they
-    are not: the caller has to.
+    Names, shapes and dtypes are compared with the file's header before memory is spent on a tensor. With `None` only
+    the dtypes are, and the caller has to check the rest. The result has the dtypes of `expected`.
 
     Raises:
         FileNotFoundError: If the file is missing.
         ValueError: If it is damaged, belongs to another model or holds values that are not finite.
     """
-    header = read_header(path)
-    if expected is not None:
-        both = sorted(expected.keys() & header.keys())
-        kinds = {name: _kinds(expected[name]) for name in both}
-        odd = [f"{name} ({header[name].dtype})" for name in both if header[name].dtype not in kinds[name]]
-        problems = {
-            "missing": sorted(expected.keys() - header.keys()),
-            "unexpected": sorted(header.keys() - expected.keys()),
-            "of another shape": [name for name in both if header[name].shape != expected[name].shape],
-            "of another kind": odd,
-        }
-        check_nothing_wrong(problems, path)
+    # Opened once, so that what is checked is what is read.
     with _opened(path) as file:
+        header = _header(file)
+        if expected is None:
+            usual = (*FLOATS, *_DTYPES.values())
+            odd = [f"{name} ({info.dtype})" for name, info in header.items() if info.dtype not in usual]
+            problems = {"of another kind": odd}
+        else:
+            both = sorted(expected.keys() & header.keys())
+            kinds = {name: _kinds(expected[name]) for name in both}
+            problems = {
+                "missing": sorted(expected.keys() - header.keys()),
+                "unexpected": sorted(header.keys() - expected.keys()),
+                "of another shape": [name for name in both if header[name].shape != expected[name].shape],
+                "of another kind": [
+                    f"{name} ({header[name].dtype})" for name in both if header[name].dtype not in kinds[name]
+                ],
+            }
+        check_nothing_wrong(problems, path)
         tensors = {name: file.get_tensor(name) for name in header}
+    if expected is not None:
+        # Finite doubles may be infinite in the precision of the model.
+        tensors = {name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()}
+    check_finite(tensors, path)
+    return tensors
+
+
+def check_finite(tensors: dict[str, Tensor], path: Path) -> None:
+    """Raises `ValueError` if a tensor of a file holds values that are NaN or infinite."""
     bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if bad:
         raise ValueError(f"{path} holds weights that are NaN or infinite ({_listed(bad)}). Nothing was loaded.")
-    return tensors
 
 
 def check_nothing_wrong(problems: dict[str, list[str]], path: Path) -> None:
@@ -192,8 +228,15 @@ def check_nothing_wrong(problems: dict[str, list[str]], path: Path) -> None:
 
 
 def _kinds(tensor: Tensor) -> tuple[str | None, ...]:
-    return _FLOATS if tensor.is_floating_point() else (_DTYPES.get(tensor.dtype),)
+    return FLOATS if tensor.is_floating_point() else (_DTYPES.get(tensor.dtype),)
+
+
+def printable(text: str, most: int = 400) -> str:
+    """The start of a text of a stranger, without the control sequences of a terminal."""
+    shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text[:most])
+    return shown + ("..." if len(text) > most else "")
 
 
 def _listed(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    shown = ", ".join(printable(name) for name in names[:most])
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -6,8 +6,9 @@ it is code, a pattern to be matched or a file name to be opened.
 
 from __future__ import annotations
 
-import math
 import re
+import reprlib
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -21,7 +22,12 @@ from .pixels import Preprocessing
 SCHEMA_VERSION = 2
 RECORD = "autolora_config.json"
 # More than any published vision model has, and few enough to be harmless.
-_MOST_LAYERS, _MOST_CLASSES, _MOST_RANK, _MOST_NODES = 20_000, 200_000, 65_536, 500_000
+_MOST_LAYERS, _MOST_CLASSES, _MOST_RANK, _MOST_NODES = 5_000, 200_000, 65_536, 500_000
+# The names of the layers with a branch become one regular expression, which takes a second to compile for so many
+# characters.
+_MOST_CHARACTERS = 250_000
+_MOST_PIXELS = 2048 * 2048
+_LARGEST_FILE = 16 << 20
 
 
 @dataclass
@@ -89,20 +95,26 @@ class Record:
             newer = isinstance(version, int) and version > SCHEMA_VERSION
             advice = "Upgrade with `pip install --upgrade autolora-hf`." if newer else "Save the model anew."
             raise ValueError(
-                f"schema version {version!r}; this release of autolora_hf reads version {SCHEMA_VERSION}. {advice}"
+                f"schema version {shown(version)}; this release of autolora_hf reads version {SCHEMA_VERSION}. "
+                f"{advice}"
             )
         _RECORD(content, "")
         content = {name: value for name, value in content.items() if name != "schema_version"}
         names = content["label_names"]
         if names is not None and len(names) != content["num_classes"]:
             raise ValueError(f"label_names has {len(names)} names for {content['num_classes']} classes.")
+        for route, logits in (content["fingerprint"] or {}).items():
+            if [len(row) for row in logits] != [content["num_classes"]] * 2:
+                raise ValueError(f"fingerprint.{route} must hold {content['num_classes']} logits for two images.")
         for name, kind in (("preprocessing", Preprocessing), ("threat_model", ThreatModel)):
             try:
                 content[name] = kind(**content[name])
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{name} is not valid: {error}") from error
         record = cls(**content)
-        _check_network(record.backbone)
+        check_network(record.backbone["config"], "backbone.config")
+        if sum(map(len, record.config["target_modules"])) > _MOST_CHARACTERS:
+            raise ValueError(f"config.target_modules has more than {_MOST_CHARACTERS:,} characters.")
         targets = set(record.config["target_modules"])
         for name in ("rank_pattern", "alpha_pattern"):
             strangers = sorted(record.config[name].keys() - targets)
@@ -131,7 +143,7 @@ class Record:
             )
             raise FileNotFoundError(f"{directory} has no {RECORD}, so it was not saved by autolora_hf.{kind}")
         try:
-            return cls.from_dict(read_json(path))
+            return cls.from_dict(read_json(path, _LARGEST_FILE))
         except ValueError as error:
             raise ValueError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from error
 
@@ -141,14 +153,42 @@ class Record:
 Check = Callable[[Any, str], None]
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 80
+
+
+def shown(value: Any) -> str:
+    """A value in a message: short, however large it is, and without the control sequences of a terminal."""
+    return _SHORT.repr(value)
+
+
 def _wrong(where: str, wanted: str, value: Any) -> ValueError:
-    shown = repr(value)
-    return ValueError(f"{where} must be {wanted}, got {shown if len(shown) < 80 else shown[:77] + '...'}.")
+    return ValueError(f"{where[:500]} must be {wanted}, got {shown(value)}.")
 
 
 def _text(value: Any, where: str) -> None:
     if not isinstance(value, str) or len(value) > 4096:
         raise _wrong(where, "a text of at most 4096 characters", value)
+    # Names are printed on terminals, and half a surrogate pair cannot be printed at all.
+    if not value.isprintable() and any(
+        unicodedata.category(letter) in ("Cc", "Cs") and letter not in "\t\n\r" for letter in value
+    ):
+        raise _wrong(where, "a text without control characters", value)
+
+
+def _line(value: Any, where: str) -> None:
+    _text(value, where)
+    if not value.isprintable():
+        raise _wrong(where, "one line of printable characters", value)
+
+
+def _revision(value: Any, where: str) -> None:
+    # huggingface-hub makes a file name of it.
+    if not isinstance(value, str) or not re.fullmatch(r"[^\s/\\]+(/[^\s/\\]+)*", value[:257]) or len(value) > 256:
+        raise _wrong(where, "a branch, tag or commit", value)
+    _line(value, where)
+    if ".." in value:
+        raise _wrong(where, "a branch, tag or commit", value)
 
 
 def _name(value: Any, where: str) -> None:
@@ -172,7 +212,8 @@ def _integer(low: int, high: int) -> Check:
 def _number(low: float, high: float) -> Check:
     def check(value: Any, where: str) -> None:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or not low <= value <= high:
+        # The comparison is false for NaN, and exact for integers that no float holds.
+        if not is_number or not low <= value <= high:
             raise _wrong(where, f"a number between {low:g} and {high:g}", value)
 
     return check
@@ -235,7 +276,7 @@ def _object(required: dict[str, Check], optional: dict[str, Check] | None = None
         missing, unknown = sorted(required.keys() - value.keys()), sorted(value.keys() - known.keys())
         if missing or unknown:
             what = [f"lacks {', '.join(missing)}"] if missing else []
-            what += [f"has the unknown {', '.join(unknown)[:200]}"] if unknown else []
+            what += [f"has the unknown {', '.join(map(shown, unknown[:5]))}"] if unknown else []
             raise ValueError(f"{where or 'the file'} {' and '.join(what)}.")
         for name, entry in value.items():
             known[name](entry, f"{where}.{name}" if where else name)
@@ -262,10 +303,17 @@ def _plain(value: Any, where: str) -> None:
 
 
 _LAYERS = _list_of(_name, _MOST_LAYERS, 1)
-_SIZE = _list_of(_integer(1, 16_384), 2, 2)
+_SIDES = _list_of(_integer(1, 16_384), 2, 2)
 _CHANNELS = _list_of(_number(-1e6, 1e6), 3, 3)
-_LOGITS = _list_of(_list_of(_number(-math.inf, math.inf), _MOST_CLASSES), 8)
+_LOGITS = _list_of(_list_of(_number(-1e300, 1e300), _MOST_CLASSES, 1), 2, 2)
 _VERSION = _integer(SCHEMA_VERSION, SCHEMA_VERSION)
+
+
+def _size(value: Any, where: str) -> None:
+    _SIDES(value, where)
+    if value[0] * value[1] > _MOST_PIXELS:
+        raise _wrong(where, f"height and width of at most {_MOST_PIXELS:,} pixels together", value)
+
 
 _RECORD = _object(
     {
@@ -290,19 +338,19 @@ _RECORD = _object(
         "backbone": _object(
             {
                 "library": _one_of("timm", "transformers"),
-                "name_or_path": _optional(_text),
-                "revision": _optional(_text),
+                "name_or_path": _optional(_line),
+                "revision": _optional(_revision),
                 "architecture": _name,
                 "config": _optional(_plain),
                 "weights_sha256": _text,
             },
-            {"image_size": _SIZE, "resampled": _list_of(_name, _MOST_LAYERS)},
+            {"image_size": _size, "resampled": _list_of(_name, _MOST_LAYERS)},
         ),
         "num_classes": _integer(1, _MOST_CLASSES),
         "label_names": _optional(_list_of(_text, _MOST_CLASSES)),
         "preprocessing": _object(
             {
-                "image_size": _SIZE,
+                "image_size": _size,
                 "mean": _CHANNELS,
                 "std": _CHANNELS,
                 "interpolation": _text,
@@ -315,7 +363,7 @@ _RECORD = _object(
         "training": _optional(_mapping(_text, _plain, 100)),
         "results": _list_of(_mapping(_text, _plain, 100), 100),
         "fingerprint": _optional(_mapping(_one_of("robust", "natural"), _LOGITS, 2)),
-        "versions": _mapping(_text, _text, 100),
+        "versions": _mapping(_line, _line, 100),
     }
 )
 
@@ -326,31 +374,42 @@ _RECORD = _object(
 _REFUSED = re.compile(
     r"auto_map|quantization_config|.*attn_implementation.*|.*trust_remote_code.*|custom_pipelines|use_pretrained_"
     r"backbone|checkpoint.*|pretrained|pretrained_cfg_overlay|pretrained_strict|.*cache_dir|features_only|.*_file|"
-    r".*experts_implementation.*|.*kernel_config.*|custom_load"
+    r".*experts_implementation.*|.*kernel_config.*|custom_load|transformers_weights"
 )
-_MOST_NUMBER = 200_000
+_MOST_NUMBER, _LONGEST_SIDE = 200_000, 2048
+# Images and windows whose size a library may square before it makes a layer.
+_SIDE = re.compile(r".*(image|img|input|window)_size|.*resolution")
+# Of the text half of models such as CLIP, which a classifier does not build.
+_VOCABULARY = re.compile(r"vocab_size|.*_token_id")
 
 
-def _check_network(backbone: dict[str, Any]) -> None:
-    """Raises `ValueError` if the library's configuration asks for more than to build a network."""
-    config = backbone["config"]
+def check_network(config: Any, where: str) -> None:
+    """Raises `ValueError` if a library's configuration asks for more than to build a network.
+
+    Args:
+        config: Content of a `config.json` of timm or transformers; `None` if there is none.
+        where (`str`): What to call it in messages.
+    """
     if config is None:
         return
     if not isinstance(config, dict):
-        raise _wrong("backbone.config", "an object", config)
-    waiting = [("backbone.config", config)]
+        raise _wrong(where, "an object", config)
+    _plain(config, where)
+    waiting = [(where, "", False, config)]
     while waiting:
-        where, entry = waiting.pop()
+        where, key, of_weights, entry = waiting.pop()
         if isinstance(entry, dict):
             for name, part in entry.items():
-                if _REFUSED.fullmatch(name) and part not in (None, False, "", "eager", "sdpa"):
+                # What timm notes about the weights, such as their file, plays no part without `pretrained`.
+                if _REFUSED.fullmatch(name) and not of_weights and part not in (None, False, "", "eager", "sdpa"):
                     raise ValueError(
                         f"{where}.{name} is set, which is not needed to build a network and could load files or code."
                     )
-                # What timm notes about the weights plays no part in building the network.
-                if name != "pretrained_cfg":
-                    waiting.append((f"{where}.{name}", part))
+                # Cut, since long names and many entries would be a long text for each entry.
+                inner = f"{where[:100]}.{name[:100]}"
+                waiting.append((inner, name, of_weights or name == "pretrained_cfg", part))
         elif isinstance(entry, list):
-            waiting += [(f"{where}[{index}]", part) for index, part in enumerate(entry)]
-        elif isinstance(entry, (int, float)) and abs(entry) > _MOST_NUMBER:
-            raise ValueError(f"{where} is {entry}, larger than anything that describes a network.")
+            waiting += [(where, key, of_weights, part) for part in entry]
+        elif isinstance(entry, (int, float)) and not _VOCABULARY.fullmatch(key):
+            if abs(entry) > (_LONGEST_SIDE if _SIDE.fullmatch(key) else _MOST_NUMBER):
+                raise ValueError(f"{where} is {shown(entry)}, larger than anything that describes a network.")

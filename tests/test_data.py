@@ -817,6 +817,9 @@ def test_load_source_of_folders(tmp_path):
     assert load_source(str(tmp_path / "animals"), split="test") == tmp_path / "animals" / "test"
     with pytest.raises(ValueError, match=r"no split 'val'. Its sub-folders: test, train"):
         load_source(tmp_path / "animals", split="val")
+    for options in ({"config": "small"}, {"revision": "main"}):
+        with pytest.raises(ValueError, match="is a folder: `config` and `revision` are for data sets on the Hub"):
+            load_source(tmp_path / "animals", split="test", **options)
     (tmp_path / "data.csv").write_text("")
     with pytest.raises(ValueError, match="is a file"):
         load_source(tmp_path / "data.csv")
@@ -841,19 +844,30 @@ def test_load_source_of_saved_datasets(tmp_path):
 
 
 def test_load_source_of_the_hub(monkeypatch):
-    def load_dataset(name, split=None):
-        if name == "org/hidden":
+    asked = []
+
+    def load_dataset(path, split=None, **options):
+        asked.append(options)
+        if path == "org/damaged":
+            raise datasets.exceptions.DatasetGenerationError("An error occurred while generating the dataset")
+        if path == "org/hidden":
             raise datasets.exceptions.DatasetNotFoundError("Dataset 'org/hidden' doesn't exist on the Hub")
-        if name == "org/far":
+        if path == "org/far":
             raise ConnectionError("Couldn't reach 'org/far' on the Hub")
         found = datasets.DatasetDict(train=arrow(), test=arrow(6))
         return found if split is None else found[split]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert len(load_source("org/animals", split="train")) == 12
+    assert len(load_source("org/animals", split="test", config="small", revision="abc")) == 6
+    with pytest.raises(ValueError, match="splits train, test"):
+        load_source("org/animals", config="small")
+    assert asked == [{}, {"name": "small", "revision": "abc"}, {"name": "small"}]
     with pytest.raises(ValueError, match="splits train, test"):
         load_source("org/animals")
     with pytest.raises(FileNotFoundError, match=r"no folder 'org/hidden'.*doesn't exist on the Hub"):
         load_source("org/hidden")
     with pytest.raises(FileNotFoundError, match=r"no folder 'org/far'.*cannot be reached"):
         load_source("org/far")
+    with pytest.raises(ValueError, match="'org/damaged' cannot be read: An error occurred"):
+        load_source("org/damaged")

@@ -7,7 +7,7 @@ import math
 import os
 import textwrap
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,8 @@ from scipy.stats import binomtest
 
 from ..config import ThreatModel
 from ..data.description import DataDescription
-from ..files import write_atomically
+from ..files import read_json, write_atomically
+from .report_schema import check_report
 
 
 Protocol = Literal["autoattack", "autoattack-reduced", "custom"]
@@ -105,6 +106,10 @@ class RobustnessReport:
         dataset (`dict`): Where the images came from, see [`describe_data`].
         sample_digests (`list[str]`): For each image the start of the SHA-256 of its label and its 8-bit pixels, by
             which somebody who repeats the measurement knows whether these are the same images.
+        attack_settings (`list[dict]`): The attack for programs, one entry an attack in the order in which they ran:
+            `{"kind": "autoattack"}`, `{"kind": "pgd", ...}` with the other arguments of [`PGD`], or `{"kind":
+            "custom", "name": ...}`, which cannot be repeated from the report alone.
+        batch_size (`int`, *optional*): Images attacked at a time, on which the random starts depend.
         versions (`dict[str, str]`): Versions of the packages involved.
         warnings (`list[str]`): What to know before using the figures.
     """
@@ -126,6 +131,8 @@ class RobustnessReport:
     seconds: float
     dataset: DataDescription | dict[str, Any] = field(default_factory=dict)
     sample_digests: list[str] = field(default_factory=list)
+    attack_settings: list[dict[str, Any]] = field(default_factory=list)
+    batch_size: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -154,27 +161,29 @@ class RobustnessReport:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> RobustnessReport:
-        """The inverse of `to_dict`. Raises `ValueError` if fields are missing, unknown or malformed."""
-        names = {entry.name for entry in fields(cls)}
-        if not isinstance(content, dict) or set(content) != names:
-            given = set(content) if isinstance(content, dict) else set()
-            raise ValueError(
-                f"This is not a robustness report: missing fields {sorted(names - given)}, unknown fields "
-                f"{sorted(given - names)}."
-            )
+    def from_dict(cls, content: Any) -> RobustnessReport:
+        """The inverse of `to_dict`, for files that may come from a stranger.
+
+        Types, ranges and lengths are checked, not whether the figures are true: see [`verify_release`].
+
+        Raises:
+            ValueError: If a field is missing, unknown, of a wrong type, out of range or not of the length of the
+                others; the message names it.
+        """
         try:
-            return cls(
-                **{
-                    **content,
-                    "threat_model": ThreatModel(**content["threat_model"]),
-                    "natural": Accuracy(**content["natural"]),
-                    "robust": Accuracy(**content["robust"]),
-                    "attacks": [AttackResult(**row) for row in content["attacks"]],
-                }
-            )
-        except TypeError as error:
-            raise ValueError(f"This is not a robustness report: {error}.") from error
+            check_report(content)
+            threat_model = ThreatModel(**content["threat_model"])
+        except ValueError as error:
+            raise ValueError(f"This is not a robustness report: {error}") from error
+        return cls(
+            **{
+                **content,
+                "threat_model": threat_model,
+                "natural": Accuracy(**content["natural"]),
+                "robust": Accuracy(**content["robust"]),
+                "attacks": [AttackResult(**row) for row in content["attacks"]],
+            }
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the report as JSON, one field a line; the file is complete or not there."""
@@ -184,11 +193,11 @@ class RobustnessReport:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RobustnessReport:
         """Reads a report written by `save`. Raises `ValueError` if the file is not one."""
+        path = Path(path)
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls.from_dict(read_json(path))
         except ValueError as error:
-            raise ValueError(f"{os.fspath(path)} is not a JSON file: {error}") from error
-        return cls.from_dict(content)
+            raise ValueError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from error
 
     @classmethod
     def merged(cls, parts: Sequence[RobustnessReport]) -> RobustnessReport:
@@ -201,7 +210,17 @@ class RobustnessReport:
             ValueError: If the parts share images or differ in threat model, attacks, seed, route or data.
         """
         first = parts[0]
-        same = ("threat_model", "protocol", "attack", "dataset_size", "dataset", "num_classes", "seed", "route")
+        same = (
+            "threat_model",
+            "protocol",
+            "attack",
+            "attack_settings",
+            "dataset_size",
+            "dataset",
+            "num_classes",
+            "seed",
+            "route",
+        )
         for name in same:
             values = [getattr(part, name) for part in parts]
             if any(value != values[0] for value in values):
@@ -241,6 +260,8 @@ class RobustnessReport:
             robust_correct=robust,
             sample_digests=digests,
             seconds=max(part.seconds for part in parts),
+            # Processes may have had room for batches of different sizes.
+            batch_size=first.batch_size if len({part.batch_size for part in parts}) == 1 else None,
         )
         # What follows from the figures is derived anew; what was seen in a part's model passes or images is kept.
         seen = [text for part in parts for text in part.warnings if text not in standard_warnings(part)]
@@ -258,23 +279,21 @@ class RobustnessReport:
             "ran": f"{self.seconds:.1f} s on {self.device}",
             "versions": ", ".join(f"{name} {version}" for name, version in self.versions.items()),
         }
-        blocks = ["\n".join(_item(name, text) for name, text in head.items() if text)]
+        blocks = ["\n".join(item_line(name, text) for name, text in head.items() if text)]
         rows = [["", "accuracy", "95 % interval", "correct"]]
         for name, accuracy in (("natural", self.natural), ("robust", self.robust)):
-            interval = f"[{_percent(accuracy.low)}, {_percent(accuracy.high)}]"
-            rows.append([name, _percent(accuracy.value), interval, f"{accuracy.correct} / {accuracy.total}"])
-        blocks.append(_table(rows))
+            interval = f"[{percent(accuracy.low)}, {percent(accuracy.high)}]"
+            rows.append([name, percent(accuracy.value), interval, f"{accuracy.correct} / {accuracy.total}"])
+        blocks.append(aligned_table(rows))
         rows = [["after", "accuracy", "broken", "seconds"]]
         for row in self.attacks:
             if row.left_out is None:
-                rows.append(
-                    [row.name, _percent(row.accuracy), f"{row.broken} of {row.attacked}", f"{row.seconds:.1f}"]
-                )
-        blocks.append(_table(rows))
+                rows.append([row.name, percent(row.accuracy), f"{row.broken} of {row.attacked}", f"{row.seconds:.1f}"])
+        blocks.append(aligned_table(rows))
         if self.left_out:
-            blocks.append("\n".join(_item("not run", f"{name}: {why}") for name, why in self.left_out.items()))
+            blocks.append("\n".join(item_line("not run", f"{name}: {why}") for name, why in self.left_out.items()))
         if self.warnings:
-            blocks.append("\n".join(_item("warning", text) for text in self.warnings))
+            blocks.append("\n".join(item_line("warning", text) for text in self.warnings))
         return "\n\n".join(blocks)
 
 
@@ -311,15 +330,15 @@ def standard_warnings(report: RobustnessReport) -> list[str]:
     return found
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
     return f"{100 * share:.2f} %"
 
 
-def _item(name: str, text: str) -> str:
+def item_line(name: str, text: str) -> str:
     return textwrap.fill(text, 100, initial_indent=f"{name:<14}", subsequent_indent=" " * 14)
 
 
-def _table(rows: list[list[str]]) -> str:
+def aligned_table(rows: list[list[str]]) -> str:
     """Aligned columns: the first to the left, the others to the right."""
     widths = [max(12, *(len(row[column]) for row in rows)) for column in range(len(rows[0]))]
     lines = []

@@ -9,6 +9,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -116,6 +117,8 @@ def evaluate_robustness(
         seconds=round(time.perf_counter() - started, 3),
         dataset=describe_data(dataset),
         sample_digests=digests,
+        attack_settings=[_settings(entry, threat_model, seed) for entry in requested],
+        batch_size=batch_size,
         versions=_versions(),
     )
     report.warnings = [*standard_warnings(report), *notes]
@@ -210,6 +213,17 @@ def _describe(attacks: list[Attack], protocol: Protocol) -> str:
     if components:
         parts.append(f"AutoAttack ({'standard' if protocol == 'autoattack' else 'reduced'}): {components}")
     return " + ".join(parts)
+
+
+def _settings(requested: str | Attack, threat_model: ThreatModel, seed: int) -> dict[str, Any]:
+    """One attack as [`RobustnessReport.attack_settings`] records it."""
+    if requested == "autoattack":
+        return {"kind": "autoattack"}
+    attack = PGD(threat_model, seed=seed) if requested == "pgd" else requested
+    if type(attack) is not PGD:
+        return {"kind": "custom", "name": _name(attack)}
+    # The threat model and the whole evaluation have one field of their own.
+    return {"kind": "pgd", **{name: value for name, value in asdict(attack).items() if name != "threat_model"}}
 
 
 @torch.no_grad()

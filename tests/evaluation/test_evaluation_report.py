@@ -1,10 +1,13 @@
 """The report: intervals, warnings, table and file."""
 
 import json
+import math
 import re
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import beta
 
 from autolora_hf.config import ThreatModel
@@ -80,30 +83,161 @@ def test_round_trip(tmp_path):
     assert [entry.name for entry in path.parent.iterdir()] == ["report.json"]
 
 
+def test_round_trip_of_everything(tmp_path):
+    """With all optional fields, as an evaluation gives them."""
+    pgd = {"kind": "pgd", "steps": 20, "step_size": 0.01, "loss": "ce", "random_start": True, "restarts": 2, "seed": 3}
+    report = make_report(
+        dataset={"name": "org/birds", "kind": "hub", "config": None, "split": "test", "revision": "abc"},
+        sample_digests=[f"{index:012x}" for index in range(1000)],
+        attack_settings=[{"kind": "autoattack"}, pgd, {"kind": "custom", "name": "nudge"}],
+        batch_size=128,
+        route=None,
+    )
+    report.save(tmp_path / "report.json")
+    assert RobustnessReport.load(tmp_path / "report.json") == report
+
+
+PGD = {"kind": "pgd", "steps": 20, "step_size": 0.01, "loss": "ce", "random_start": True, "restarts": 1, "seed": 3}
+
+
+def put(path, value, named=None):
+    """A change of one field, and the path that the message must have."""
+
+    def damage(content):
+        *outer, last = (int(key) if key.isdigit() else key for key in re.findall(r"\w+", path))
+        for key in outer:
+            content = content[key]
+        content[last] = value
+
+    return damage, re.escape(named or path) + r"[ .\[]"
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda content: content.pop("robust"), r"missing fields \['robust'\], unknown fields \[\]"),
-        (lambda content: content.update(score=1), r"unknown fields \['score'\]"),
-        (lambda content: content["natural"].pop("low"), "low"),
+        (lambda content: content.pop("robust"), "the file lacks robust"),
+        (lambda content: content.pop("attack_settings"), "the file lacks attack_settings"),
+        (lambda content: content.update(score=1), "the file has the unknown 'score'"),
+        (lambda content: content["natural"].pop("low"), "natural lacks low"),
         (lambda content: content["threat_model"].update(eps=8), "Did you mean 8/255"),
-        (lambda content: content.update(attacks=3), "not iterable"),
+        put("threat_model", "linf"),
+        put("threat_model.eps", math.nan),
+        put("threat_model.eps", 10**400),
+        put("attacks", 3),
+        put("attacks[0]", None),
+        put("attacks[0].accuracy", math.inf),
+        put("attacks[0].broken", 10**400),
+        put("attacks[0].broken", 901),
+        put("attacks[0].accuracy", None),
+        put("attacks[3].left_out", None, "attacks[3].accuracy"),
+        put("natural.correct", -1),
+        put("natural.correct", True),
+        put("natural.correct", 1001),
+        put("natural.total", 999),
+        put("robust.low", math.nan),
+        put("robust.low", 0.99),
+        put("robust.high", "1"),
+        put("protocol", "secret"),
+        put("attack", ["PGD"]),
+        put("attack", "PGD\x1b[2J"),
+        put("device", "cpu\nall is well"),
+        put("sample_indices", []),
+        put("sample_indices", "0123"),
+        put("sample_indices[1]", -1),
+        put("sample_indices[1]", 0.5),
+        put("sample_indices", [0] * 1000),
+        (lambda content: content.update(dataset_size=1998), "sample_indices has 1998, but dataset_size is 1998"),
+        put("natural_correct", [True] * 999),
+        put("natural_correct[0]", 1),
+        put("robust_correct", None),
+        put("sample_digests", ["0" * 12]),
+        put("sample_digests", ["X" * 12] * 1000),
+        put("dataset_size", 0),
+        put("num_classes", 1),
+        put("num_classes", 10**9),
+        put("seed", 2**64),
+        put("seed", None),
+        put("route", "both"),
+        put("device", 1),
+        put("seconds", -1.0),
+        put("seconds", math.nan),
+        put("dataset", None),
+        put("dataset", {"kind": "elsewhere"}, "dataset.kind"),
+        put("dataset", {"path": "/"}, "dataset"),
+        put("dataset", {"revision": "../../x"}, "dataset.revision"),
+        put("attack_settings", {}),
+        put("attack_settings", [3], "attack_settings[0]"),
+        put("attack_settings", [{"kind": []}], "attack_settings[0].kind"),
+        put("attack_settings", [{"kind": "pgd"}], "attack_settings[0]"),
+        put("attack_settings", [{**PGD, "steps": 10**9}], "attack_settings[0].steps"),
+        put("attack_settings", [{**PGD, "step_size": math.nan}], "attack_settings[0].step_size"),
+        put("attack_settings", [{**PGD, "loss": "targeted"}], "attack_settings[0].loss"),
+        put("attack_settings", [{**PGD, "loss": "kl", "random_start": False}], "attack_settings[0].random_start"),
+        put("batch_size", 0),
+        put("versions", {"torch": 2}),
+        put("warnings", "none"),
+        put("warnings", ["x" * 5000], "warnings[0]"),
     ],
 )
 def test_damaged_reports_are_refused(damage, message):
     content = make_report().to_dict()
     damage(content)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"This is not a robustness report: .*{message}"):
         RobustnessReport.from_dict(content)
 
 
-def test_damaged_files_are_refused(tmp_path):
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.just(10**400),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data())
+def test_whatever_a_file_says_it_is_a_report_or_a_value_error(data):
+    content = make_report(
+        natural=Accuracy.from_counts(1, 2),
+        robust=Accuracy.from_counts(1, 2),
+        sample_indices=[0, 1],
+        natural_correct=[True, False],
+        robust_correct=[True, False],
+        sample_digests=["0" * 12, "1" * 12],
+        attacks=[AttackResult("PGD-20", 1, 0, 0.5, 1.0)],
+        attack_settings=[PGD],
+    ).to_dict()
+    place, key = content, data.draw(st.sampled_from(sorted(content)))
+    while isinstance(place[key], (dict, list)) and len(place[key]) and data.draw(st.booleans()):
+        place = place[key]
+        key = data.draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
+    place[key] = data.draw(ANYTHING)
+    try:
+        report = RobustnessReport.from_dict(content)
+    except ValueError as error:
+        assert "not a robustness report" in str(error)
+    else:
+        assert report.to_dict() == content and str(report)
+
+
+@pytest.mark.parametrize("field", ["attack", "natural", "sample_indices", "dataset", "attack_settings"])
+def test_nesting_without_end_is_refused(field):
+    content = make_report().to_dict()
+    content[field] = []
+    for _ in range(100_000):
+        content[field] = [content[field]]
+    with pytest.raises(ValueError, match=f"not a robustness report: {field}"):
+        RobustnessReport.from_dict(content)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [('{"natural": ', r"report\.json is not valid JSON"), ("[]", r"report\.json: This is not a robustness report")],
+)
+def test_damaged_files_are_refused(tmp_path, text, message):
     path = tmp_path / "report.json"
-    path.write_text('{"natural": ')
-    with pytest.raises(ValueError, match=r"report\.json is not a JSON file"):
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
         RobustnessReport.load(path)
-    with pytest.raises(ValueError, match="not a robustness report"):
-        RobustnessReport.from_dict([])
 
 
 def test_failed_write_leaves_the_old_file(tmp_path):
