@@ -12,7 +12,9 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    HTTPError,
     LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -48,7 +50,7 @@ def download(
 
     Raises:
         FileNotFoundError: If there is no such repository or revision, or one may not see it.
-        PermissionError: If the repository is gated and access was not granted.
+        PermissionError: If the repository is gated and access was not granted, or the token is not valid.
         OSError: If the Hub cannot be reached and the cache does not have it.
     """
     at = f" at revision {revision!r}" if revision else ""
@@ -74,15 +76,23 @@ def download(
         ) from error
     except RevisionNotFoundError as error:
         raise FileNotFoundError(f"{name} has no revision {revision!r}.") from error
+    except LocalTokenNotFoundError as error:
+        raise PermissionError(str(error)) from error
     except LocalEntryNotFoundError as error:
         raise OSError(
-            f"{name}{at} is not in the cache, and the Hub was not asked or could not be reached. Check your network, "
-            "HF_HUB_OFFLINE and `local_files_only`."
+            f"{name}{at} is not in the cache, or only a part of it, and the Hub was not asked or could not be "
+            "reached. Check your network, HF_HUB_OFFLINE and `local_files_only`."
         ) from error
     except (HFValidationError, ValueError) as error:
         # Also what huggingface-hub says to names of files that would leave the cache.
         raise ValueError(f"{name}{at} was refused: {error}") from error
-    except (HfHubHTTPError, OSError) as error:
+    except (HTTPError, OSError, RuntimeError) as error:
+        # A RuntimeError comes of parallel downloads, one of which closed the connection of the others.
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+            raise PermissionError(
+                f"The Hub refused {name}{at} (status {error.response.status_code}). Check the token you pass, or log "
+                "in again (`hf auth login`)."
+            ) from error
         raise OSError(f"{name}{at} could not be fetched from the Hub: {error}") from error
 
 

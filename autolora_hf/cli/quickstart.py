@@ -49,6 +49,6 @@ Saved in {folder}/: the model, its card (README.md), {EXAMPLES}, {CURVES} and th
 
 What to do next
   use it      python -c "from autolora_hf import load_autolora_model as load; print(load('{folder}').threat_model)"
-  check it    autolora evaluate {folder} --data digits --split test --samples 1000
+  check it    autolora verify {folder}
   your data   autolora train --model resnet50 --train-data path/to/images-by-class --output-dir my-robust-model"""
     )

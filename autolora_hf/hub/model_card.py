@@ -37,6 +37,7 @@ def write_model_card(
     figures: Mapping[str, str] | None = None,
     license: str | None = None,
     tags: list[str] | None = None,
+    datasets: list[str] | None = None,
 ) -> Path:
     """Writes `README.md` into `folder`: Hub metadata, what was measured and on how many images, and how to load it.
 
@@ -54,6 +55,7 @@ def write_model_card(
         figures (`Mapping[str, str]`, *optional*): Picture files in `folder`, by caption.
         license (`str`, *optional*): Hub licence identifier. `None`: left open, since it depends on backbone and data.
         tags (`list[str]`, *optional*): Further tags.
+        datasets (`list[str]`, *optional*): Datasets on the Hub, besides those that model and results name.
     """
     folder = Path(folder)
     results = reports_of(model)
@@ -88,7 +90,7 @@ def write_model_card(
         on_hub=is_repository_name(name),
         percent=lambda share: f"{100 * share:.1f}",
     )
-    data = _metadata(model, results, dataset, license, name.rpartition("/")[2], tags or [])
+    data = _metadata(model, results, dataset, license, name.rpartition("/")[2], tags or [], datasets or [])
     body = re.sub(r"\n{3,}", "\n\n", body.strip())
     card = f"---\n{data.to_yaml()}\n---\n\n{body}\n"
     ModelCard(card)  # raises if the metadata block is not valid
@@ -164,14 +166,18 @@ def _base_code(model: AutoLoraModel) -> str:
         if not timm.is_model(name):
             prefix, suffix = ("hf-hub", f"@{revision}" if revision else "") if shown == name else ("local-dir", "")
             shown = f"{prefix}:{shown}{suffix}"
-        return f'import timm\n\nbackbone = timm.create_model("{shown}", pretrained=True, num_classes={classes})'
+        size = ((model.backbone["config"] or {}).get("model_args") or {}).get("img_size")
+        built = f", img_size={tuple(size)}" if size and model.backbone.get("image_size") else ""
+        return f'import timm\n\nbackbone = timm.create_model("{shown}", pretrained=True, num_classes={classes}{built})'
     pinned = f', revision="{revision}"' if revision else ""
+    size = getattr(model.get_base_model().config, "image_size", None)
+    built = f", image_size={size}" if size and model.backbone.get("image_size") else ""
     return textwrap.dedent(
         f"""\
         from transformers import AutoModelForImageClassification
 
         backbone = AutoModelForImageClassification.from_pretrained(
-            "{shown}"{pinned}, num_labels={classes}, ignore_mismatched_sizes=True
+            "{shown}"{pinned}, num_labels={classes}{built}, ignore_mismatched_sizes=True
         )"""
     )
 
@@ -196,6 +202,7 @@ def _metadata(
     license: str | None,
     name: str,
     tags: list[str],
+    datasets: list[str],
 ) -> ModelCardData:
     if model.autolora_config.mode == "full":
         library, relation = model.backbone["library"], "finetune"
@@ -204,7 +211,7 @@ def _metadata(
     base = _hub_name(model)
     extra: dict[str, Any] = {"base_model": base, "base_model_relation": relation} if base else {}
     sources = [report.dataset for report in results] + [(model.training_plan or {}).get("training_data") or {}]
-    on_hub = [source["name"] for source in sources if source.get("kind") == "hub"]
+    on_hub = [source["name"] for source in sources if source.get("kind") == "hub"] + datasets
     if on_hub:
         extra["datasets"] = list(dict.fromkeys(on_hub))
     metrics = [metric for report in results for metric in _metrics(report, dataset)]

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import os
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+import huggingface_hub
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 
 from ..record import RECORD, Record
 from ..saving import FILES, check_files
@@ -17,7 +25,13 @@ from .model_card import rename_card
 RELEASE_FILES = (RECORD, *dict.fromkeys(name for names in FILES.values() for name in names))
 PUBLISHED = (*RELEASE_FILES, "README.md", "*.png", "*.onnx", "*.json")
 # `fnmatch` lets a star match slashes, so folders of checkpoints and everything hidden are named.
-KEPT_BACK = ("checkpoint-*", "checkpoint-*/*", ".*", "*/.*", "*.bin", "*.pt", "*.pth", "*.pkl")
+KEPT_BACK = (
+    *("checkpoint-*", "checkpoint-*/*", "last-checkpoint/*", ".*", "*/.*"),
+    *("*.bin", "*.pt", "*.pth", "*.pkl"),
+)
+# Files of an earlier model in a repository, which a library would take for the new one.
+REPLACED = (*RELEASE_FILES, "*.onnx")
+_ATTEMPTS = 10
 
 
 def push_folder(
@@ -33,9 +47,10 @@ def push_folder(
 ) -> CommitInfo | Future[CommitInfo]:
     """Publishes a saved model, its card and its pictures on the Hub.
 
-    Everything arrives in one commit, so nobody ever sees half of it; a push that was cut off can simply be repeated,
-    and what the Hub has already received is not sent again. Checkpoints, pickles and hidden files stay here. Files of
-    an earlier model in the repository that this one does not have are deleted in the same commit.
+    Everything arrives in one commit, so nobody ever sees half of it, nor a mixture when two push at once; a push that
+    was cut off can simply be repeated, and what the Hub has already received is not sent again. Checkpoints, pickles
+    and hidden files stay here. Files of an earlier model in the repository that this one does not have are deleted in
+    the same commit.
 
     Args:
         folder (`str`): What [`AutoLoraModel.save_pretrained`] wrote.
@@ -45,39 +60,127 @@ def push_folder(
         revision (`str`, *optional*): Branch to push to; created if there is none.
         commit_message (`str`): Message of the commit.
         create_pr (`bool`): Open a pull request instead of committing.
-        run_as_future (`bool`): Upload in the background, and return a future.
+        run_as_future (`bool`): Upload in the background, after what is already waiting there, and return a future.
+            The folder is pushed as it is now, whatever happens to it meanwhile.
 
     Raises:
         FileNotFoundError, ValueError: If the folder is no complete model.
         PermissionError: If you are not logged in, or may not write there.
+        OSError: If the Hub cannot be reached.
     """
     folder = Path(folder)
     record = Record.read(folder)
     check_files(folder, record)
+    message = commit_message or "Upload robust model"
+    options = {"private": private, "token": token, "revision": revision, "message": message, "create_pr": create_pr}
+    if not run_as_future:
+        return _push(folder, repo_id, **options)
+    kept = kept_as_it_is(folder, _published(folder))
+
+    def push() -> CommitInfo:
+        try:
+            return _push(kept, repo_id, **options)
+        finally:
+            shutil.rmtree(kept, ignore_errors=True)
+
+    return huggingface_hub.run_as_future(push)
+
+
+def _push(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool | None,
+    token: str | bool | None,
+    revision: str | None,
+    message: str,
+    create_pr: bool,
+) -> CommitInfo:
     api = HfApi(token=token)
-    try:
+    with _explained(repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not create_pr:
+        # That of a pull request is there already.
+        if revision is not None and not create_pr and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        rename_card(folder, repo_id)
-        return api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            commit_message=commit_message,
-            revision=revision,
-            create_pr=create_pr,
-            run_as_future=run_as_future,
-            allow_patterns=list(PUBLISHED),
-            ignore_patterns=list(KEPT_BACK),
-            delete_patterns=list(RELEASE_FILES),
-        )
+    rename_card(folder, repo_id)
+    with _explained(repo_id):
+        return _commit(api, folder, repo_id, revision, message, create_pr)
+
+
+def _published(folder: Path) -> list[str]:
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return list(filter_repo_objects(names, allow_patterns=list(PUBLISHED), ignore_patterns=list(KEPT_BACK)))
+
+
+def _commit(api: HfApi, folder: Path, repo_id: str, revision: str | None, message: str, create_pr: bool) -> CommitInfo:
+    """Commits a folder as one commit on top of the one whose files it replaces.
+
+    `HfApi.upload_folder` may split a commit, and does not notice one that came in between.
+    """
+    names = _published(folder)
+    for attempt in range(1, _ATTEMPTS + 1):
+        head = api.model_info(repo_id, revision=revision).sha
+        old = filter_repo_objects(api.list_repo_files(repo_id, revision=head), allow_patterns=list(REPLACED))
+        # Made anew each time, since they remember what was on the Hub.
+        operations = [CommitOperationDelete(name, is_folder=False) for name in sorted(set(old) - set(names))]
+        operations += [CommitOperationAdd(name, folder / name) for name in names]
+        try:
+            return api.create_commit(
+                repo_id,
+                operations,
+                commit_message=message,
+                revision=revision,
+                create_pr=create_pr,
+                parent_commit=head,
+            )
+        except HfHubHTTPError as error:
+            # Somebody else has committed since.
+            if _status(error) not in (409, 412) or attempt == _ATTEMPTS:
+                raise
+            time.sleep(random.uniform(0, 0.5 * attempt))
+    raise AssertionError("unreachable")
+
+
+def kept_as_it_is(folder: Path, names: list[str]) -> Path:
+    """A new hidden folder beside `folder` with these of its files, to which nothing happens any more.
+
+    Weights are never changed in place, so they are linked where the disk allows it.
+    """
+    kept = Path(tempfile.mkdtemp(prefix=f".{folder.name}-push-", dir=folder.resolve().parent))
+    for name in names:
+        (kept / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if not name.endswith(".safetensors"):
+                raise OSError
+            os.link(folder / name, kept / name)
+        except OSError:
+            shutil.copyfile(folder / name, kept / name)
+    return kept
+
+
+@contextmanager
+def _explained(repo_id: str) -> Iterator[None]:
+    """Turns what goes wrong on the way to the Hub into errors that say what to do; see [`push_folder`]."""
+    try:
+        yield
     except HFValidationError as error:
         raise ValueError(f"{repo_id!r} cannot be the name of a repository: {error}") from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else None
+    except LocalTokenNotFoundError as error:
+        raise PermissionError(f"{error} Or pass `token=`.") from error
+    except (HTTPError, ConnectionError, RuntimeError) as error:
+        # An upload that fails is a RuntimeError because of what went wrong.
+        status = _status(error) or _status(error.__cause__)
         if status in (401, 403):
             raise PermissionError(
                 f"The Hub refused to write to {repo_id!r} (status {status}). Log in with a token that may write "
                 "(`hf auth login`), or pass `token=`; and check that the namespace is yours."
             ) from error
-        raise OSError(f"{repo_id!r} could not be pushed: {error}. Nothing was published; push again.") from error
+        raise OSError(
+            f"{repo_id!r} could not be pushed: {error or type(error).__name__}. The Hub has all of this commit or "
+            "nothing; push again."
+        ) from error
+
+
+def _status(error: BaseException | None) -> int | None:
+    response = getattr(error, "response", None)
+    return None if response is None else response.status_code

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 from huggingface_hub import CommitInfo, HfApi
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
@@ -14,10 +18,12 @@ from ..data import PixelDataset, as_pixel_dataset, check_class_names, same_data
 from ..evaluation import RobustnessReport, evaluate_robustness, training_curves_figure
 from ..files import staged
 from ..hub.model_card import write_model_card
-from ..hub.push import RELEASE_FILES, push_folder
+from ..hub.push import RELEASE_FILES, kept_as_it_is, push_folder
 from ..record import RECORD
 from ..routes import ROBUST
 
+
+logger = logging.getLogger(__name__)
 
 CURVES = "training_curves.png"
 
@@ -62,7 +68,12 @@ class PublishingTrainer(Trainer):
         license: str | None = None,
         tags: str | list[str] | None = None,
         model_name: str | None = None,
-        dataset: str | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        language: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
         **card: Any,
     ) -> None:
         """Writes the card of the model, and its training curves, into `args.output_dir`.
@@ -70,6 +81,9 @@ class PublishingTrainer(Trainer):
         Args:
             license (`str`), tags (`list[str]`), dataset (`str`), **card (*optional*): See [`write_model_card`].
             model_name (`str`, *optional*): What to load the model by; its name on the Hub if it is to go there.
+            dataset_tags (`str` or `list[str]`, *optional*): Names of the datasets on the Hub.
+            language, finetuned_from, tasks, dataset_args (*optional*): As in `Trainer`, but not used: the card takes
+                backbone, task and data from the model itself.
         """
         if not self.is_world_process_zero():
             return
@@ -79,9 +93,17 @@ class PublishingTrainer(Trainer):
             training_curves_figure(self.state.log_history, folder / CURVES)
             figures["The training: validation accuracies, loss scalars, learning rate"] = CURVES
         tags = [tags] if isinstance(tags, str) else tags
-        name = self.hub_model_id or model_name
+        datasets = [dataset_tags] if isinstance(dataset_tags, str) else dataset_tags
         write_model_card(
-            folder, self.model, name=name, license=license, tags=tags, dataset=dataset, figures=figures, **card
+            folder,
+            self.model,
+            name=self.hub_model_id or model_name,
+            license=license,
+            tags=tags,
+            dataset=dataset if dataset is None or isinstance(dataset, str) else ", ".join(dataset),
+            datasets=datasets,
+            figures=figures,
+            **card,
         )
 
     def push_to_hub(
@@ -132,29 +154,50 @@ class PublishingTrainer(Trainer):
         if busy and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        # Checkpoints may be deleted while they are being uploaded.
         with staged(Path(self.args.output_dir), last=RECORD) as folder:
             for name in RELEASE_FILES:
                 source = Path(checkpoint_folder) / name
                 if source.is_file():
                     (folder / name).parent.mkdir(exist_ok=True)
-                    (folder / name).write_bytes(source.read_bytes())
+                    shutil.copyfile(source, folder / name)
         self.create_model_card()
         message = f"Training in progress, epoch {int(self.state.epoch)}"
-        token = self.args.hub_token
-        jobs = [self._push(self.args.output_dir, message, token, None, run_as_future=True)]
+        jobs = [self._push(self.args.output_dir, message, self.args.hub_token, None, run_as_future=True)]
         if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             name = Path(checkpoint_folder).name if strategy == HubStrategy.ALL_CHECKPOINTS else "last-checkpoint"
-            upload = HfApi(token=token).upload_folder(
-                repo_id=self.hub_model_id,
-                folder_path=checkpoint_folder,
-                path_in_repo=name,
-                commit_message=f"{message}, checkpoint",
-                revision=self.args.hub_revision,
-                run_as_future=True,
-            )
-            jobs.append(upload)
+            jobs.append(self._push_checkpoint(Path(checkpoint_folder), name, f"{message}, checkpoint"))
+        for job in jobs:
+            job.add_done_callback(_warn_of_failure)
         if busy:
             self.push_in_progress.jobs.extend(jobs)
         else:
             self.push_in_progress = PushInProgress(jobs)
+
+    def _push_checkpoint(self, checkpoint: Path, name: str, message: str) -> Future:
+        """Uploads all of a checkpoint in the background, after what is already waiting there."""
+        # It may be deleted while it is being uploaded.
+        files = [path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()]
+        kept = kept_as_it_is(checkpoint, files)
+        token, branch, repository = self.args.hub_token, self.args.hub_revision, self.hub_model_id
+
+        def push() -> CommitInfo:
+            try:
+                return HfApi(token=token).upload_folder(
+                    repo_id=repository,
+                    folder_path=kept,
+                    path_in_repo=name,
+                    commit_message=message,
+                    revision=branch,
+                    # An older one may have been of another mode.
+                    delete_patterns="*",
+                )
+            finally:
+                shutil.rmtree(kept, ignore_errors=True)
+
+        return huggingface_hub.run_as_future(push)
+
+
+def _warn_of_failure(job: Future) -> None:
+    """The training goes on without a push that failed, but its user should know."""
+    if not job.cancelled() and job.exception() is not None:
+        logger.warning("A checkpoint was not pushed: %s", job.exception())
