@@ -200,8 +200,16 @@ def load_autolora_model(
     source = base_model if named else None
     if named:
         size, library = record.backbone.get("image_size"), record.backbone["library"]
-        options = {"image_size": size, "library": library, "revision": commit, "token": token}
-        base_model = backbones.load_backbone(base_model, record.num_classes, **options)
+        base_model = backbones.load_backbone(
+            base_model,
+            record.num_classes,
+            image_size=size,
+            library=library,
+            revision=commit,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
     classes = backbones.num_classes_of(base_model)
     if classes != record.num_classes:
         raise ValueError(

@@ -181,7 +181,9 @@ def resolve_preprocessing(
     source = name or model.name_or_path
     if source:
         try:
-            processor = AutoImageProcessor.from_pretrained(source, revision=revision or "main", token=token)
+            processor = AutoImageProcessor.from_pretrained(
+                source, revision=revision or "main", token=token, trust_remote_code=False
+            )
         except (OSError, ValueError) as error:  # no processor was saved with the checkpoint
             logger.warning("The image processor of %s could not be loaded (%s).", source, error)
         else:

@@ -246,10 +246,13 @@ def _rank_fields(model: AutoLoraModel, tensors: dict[str, Tensor]) -> dict[str, 
 
 def _stock_config(model: AutoLoraModel, fields: dict[str, object], modules_to_save: list[str]) -> LoraConfig:
     base, layers = model.get_base_model(), list(model.lora_layers())
+    # In mode `full` the natural branch belongs on the model beside it, whose name on the Hub is not known here.
+    adapter = model.autolora_config.mode == "adapter"
     return LoraConfig(
         **fields,
         target_modules=matched_by_suffix(base, layers) or targets.exactly(layers),
         modules_to_save=modules_to_save or None,
         inference_mode=True,
-        base_model_name_or_path=model.backbone["name_or_path"] if model.autolora_config.mode == "adapter" else None,
+        base_model_name_or_path=model.backbone["name_or_path"] if adapter else None,
+        revision=model.backbone["revision"] if adapter else None,
     )

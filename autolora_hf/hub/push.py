@@ -28,6 +28,7 @@ PUBLISHED = (*RELEASE_FILES, "README.md", "*.png", "*.onnx", "*.json")
 KEPT_BACK = (
     *("checkpoint-*", "checkpoint-*/*", "last-checkpoint/*", ".*", "*/.*"),
     *("*.bin", "*.pt", "*.pth", "*.pkl"),
+    "training_args.json",  # with folders of the machine it was trained on; `training_plan.json` has what matters
 )
 # Files of an earlier model in a repository, which a library would take for the new one.
 REPLACED = (*RELEASE_FILES, "*.onnx")
