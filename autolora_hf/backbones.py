@@ -11,8 +11,9 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -31,7 +35,7 @@ from transformers import (
 )
 
 from .download import commit_of, download, is_repository_name
-from .files import TensorInfo, read_json
+from .files import TensorInfo, check_finite, read_header, read_json
 from .inputs import (
     check_classifier,
     library_of,
@@ -43,6 +47,7 @@ from .inputs import (
     wrong_size_message,
 )
 from .pixels import size_pair
+from .record import check_network, shown
 
 
 logger = logging.getLogger(__name__)
@@ -61,6 +66,8 @@ def load_backbone(
     library: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
 ) -> nn.Module:
     """Creates the image classifier that `name` stands for.
 
@@ -72,7 +79,7 @@ def load_backbone(
         image_size (`int` or `tuple[int, int]`, *optional*): Size of the images it shall take. A network that is built
             for one size is built for this one, and timm resamples its position embeddings. `None`: as saved.
         library (`str`, *optional*): `"transformers"` loads a timm checkpoint into transformers' wrapper.
-        revision (`str`, *optional*), token (*optional*): Passed on to the Hub.
+        revision (`str`, *optional*), token, cache_dir, local_files_only (*optional*): See [`download`].
 
     Raises:
         ValueError: If nothing by that name is known, the message suggests the nearest timm names; or if the network
@@ -80,25 +87,82 @@ def load_backbone(
     """
     size = None if image_size is None else size_pair(image_size)
     if timm.is_model(name):
-        return _load_timm(name, num_classes, pretrained, size)
-    folder = _folder_of(name, pretrained=pretrained, revision=revision, token=token)
-    if folder is not None:
-        saved = read_json(folder / "config.json")
-        if pretrained and not any(folder.glob("*.safetensors")):
-            raise ValueError(
-                f"{name} has no safetensors weights. Pickled ones (.bin, .pth) are not loaded, since a pickle can run "
-                "code: convert them first."
-            )
-    else:
+        return _load_timm(name, num_classes, pretrained, size, cache_dir)
+    where = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    folder = _folder_of(name, pretrained=pretrained, **where)
+    if folder is None:
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise ValueError(
             f"Unknown checkpoint {name!r}: not a timm model, not a directory, not a Hub name 'org/name'."
             + (f" Did you mean {' or '.join(map(repr, near))}?" if near else "")
         )
+    saved = _safe_config(folder, name)
     # What transformers' wrapper saved names its own class; timm may not be able to read it.
-    if "architecture" in saved and saved.get("model_type") != "timm_wrapper" and library != "transformers":
-        return _load_timm(f"local-dir:{folder}", num_classes, pretrained, size)
-    return _load_transformers(str(folder), num_classes, pretrained, size)
+    of_timm = "architecture" in saved and saved.get("model_type") != "timm_wrapper" and library != "transformers"
+    try:
+        if pretrained:
+            _check_size(_safe_weights(folder, name, of_timm), partial(_native, folder, of_timm), name)
+        if of_timm:
+            model = _load_timm(f"local-dir:{folder}", num_classes, pretrained, size)
+        else:
+            model = _load_transformers(str(folder), num_classes, pretrained, size)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{name} could not be loaded ({type(error).__name__}: {str(error)[:2000]}).") from error
+    if pretrained:
+        check_finite(model.state_dict(), folder)
+    return model
+
+
+def _safe_config(folder: Path, name: str) -> dict[str, Any]:
+    """Content of the `config.json` of a checkpoint, which may come from a stranger.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it asks for more than to build a network.
+    """
+    saved = read_json(folder / "config.json")
+    if not isinstance(saved, dict):
+        raise ValueError(f"{folder / 'config.json'} holds no configuration.")
+    # Custom code is named there; it is never loaded.
+    named = {key: value for key, value in saved.items() if key not in ("auto_map", "custom_pipelines")}
+    check_network(named, f"{name}: config.json: config")
+    wrapped = saved.get("architecture") if saved.get("model_type") == "timm_wrapper" else None
+    if wrapped is not None and not timm.is_model(wrapped):
+        raise ValueError(f"{name}: config.json: {shown(wrapped)} is no model of timm.")
+    if (folder / "adapter_config.json").exists():
+        # transformers would load it as well, perhaps from a pickle.
+        raise ValueError(
+            f"{name} holds an adapter (adapter_config.json) besides the model: merge it, or move it elsewhere."
+        )
+    return saved
+
+
+def _safe_weights(folder: Path, name: str, of_timm: bool) -> dict[str, TensorInfo]:
+    """Headers of the safetensors files that a library will read for a checkpoint.
+
+    Raises:
+        ValueError: If it would read others, such as pickles; or if they are damaged.
+    """
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return read_header(whole)
+    if of_timm or not index.is_file():
+        raise ValueError(
+            f"{name} has no safetensors weights named model.safetensors. Pickled ones (.bin, .pth) are not loaded, "
+            "since a pickle can run code: convert them first."
+        )
+    content = read_json(index)
+    shards = content.get("weight_map") if isinstance(content, dict) else None
+    shards = sorted({str(shard) for shard in shards.values()}) if isinstance(shards, dict) else []
+    wrong = [shard for shard in shards if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", shard)]
+    if not shards or wrong:
+        raise ValueError(f"{index} must name safetensors files of its own folder, got {shown((wrong or [None])[0])}.")
+    header: dict[str, TensorInfo] = {}
+    for shard in shards:
+        header |= read_header(folder / shard)
+    return header
 
 
 def resolved_name(name: str, revision: str | None = None, token: str | bool | None = None) -> tuple[str, str | None]:
@@ -114,7 +178,7 @@ def resolved_name(name: str, revision: str | None = None, token: str | bool | No
     return name.partition("@")[0], commit_of(folder) or revision
 
 
-def _folder_of(name: str, *, pretrained: bool, revision: str | None, token: str | bool | None) -> Path | None:
+def _folder_of(name: str, *, pretrained: bool, revision: str | None, **options: Any) -> Path | None:
     """The folder with the files of a checkpoint; a Hub repository is downloaded. `None`: no such name."""
     if name in SHIPPED:
         return SHIPPED[name]
@@ -130,11 +194,19 @@ def _folder_of(name: str, *, pretrained: bool, revision: str | None, token: str 
     files = ["config.json", "preprocessor_config.json"]
     if pretrained:
         files += ["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
-    return download(repository, files, revision=revision or suffix or None, token=token)
+    return download(repository, files, revision=revision or suffix or None, **options)
 
 
-def _load_timm(name: str, num_classes: int | None, pretrained: bool, size: tuple[int, int] | None) -> nn.Module:
-    changes = {} if num_classes is None else {"num_classes": num_classes}
+def _load_timm(
+    name: str,
+    num_classes: int | None,
+    pretrained: bool,
+    size: tuple[int, int] | None,
+    cache_dir: str | os.PathLike | None = None,
+) -> nn.Module:
+    changes: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+    if cache_dir is not None:
+        changes["cache_dir"] = cache_dir
     options = [{}] if size is None else _timm_options(name, size)
     for option in options:
         try:
@@ -185,18 +257,29 @@ def _load_transformers(
     source: str, num_classes: int | None, pretrained: bool, size: tuple[int, int] | None, **options: Any
 ) -> nn.Module:
     changes = {} if num_classes is None else {"num_labels": num_classes}
-    config = AutoConfig.from_pretrained(source, **changes, **options)
-    if config.model_type == "timm_wrapper" and config.model_args:
-        # timm writes it here too, and the wrapper would pass it twice.
-        config.model_args.pop("num_classes", None)
+    config = _transformers_config(source, **changes, **options)
     if size is not None:
         config = _config_of_size(config, size, pretrained)
     if not pretrained:
         return AutoModelForImageClassification.from_config(_with_class(config))
     # Only safetensors: a pickle from the Hub could run code.
     return AutoModelForImageClassification.from_pretrained(
-        source, config=config, use_safetensors=True, ignore_mismatched_sizes=num_classes is not None, **options
+        source,
+        config=config,
+        use_safetensors=True,
+        trust_remote_code=False,
+        ignore_mismatched_sizes=num_classes is not None,
+        **options,
     )
+
+
+def _transformers_config(source: str, **options: Any) -> PreTrainedConfig:
+    # Said outright, since transformers asks the user otherwise.
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+    if config.model_type == "timm_wrapper" and config.model_args:
+        # timm writes it here too, and the wrapper would pass it twice.
+        config.model_args.pop("num_classes", None)
+    return config
 
 
 def _with_class(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -249,9 +332,11 @@ def label_names_of(model: nn.Module) -> list[str] | None:
     """Class names that the checkpoint carries, in class order, or `None` if it has only placeholders."""
     if library_of(model) == "timm":
         names = model.pretrained_cfg.get("label_names")
-        return list(names) if names and len(names) == model.num_classes else None
+        return list(names) if isinstance(names, (list, tuple)) and len(names) == model.num_classes else None
     labels = model.config.id2label or {}  # PVT's configuration has none
-    names = [labels[index] for index in range(len(labels))]
+    names = [labels.get(index) for index in range(len(labels))]
+    if not all(isinstance(label, str) for label in names):
+        return None
     return names if len(names) == num_classes_of(model) and names[0] != "LABEL_0" else None
 
 
@@ -313,7 +398,7 @@ def rebuild_backbone(record: dict[str, Any], device: str = "meta") -> nn.Module:
     except Exception as error:
         raise ValueError(
             f"The recorded {record['architecture']} cannot be built by this release of {record['library']} "
-            f"({type(error).__name__}: {error})."
+            f"({type(error).__name__}: {str(error)[:2000]})."
         ) from error
 
 
@@ -336,6 +421,27 @@ def _build(record: dict[str, Any]) -> nn.Module:
         return timm.create_model(f"local-dir:{folder}", pretrained=False, num_classes=config["num_classes"])
 
 
+class OversizeError(ValueError):
+    """A network is far larger than its file of weights."""
+
+
+class _LargestTensor(TorchDispatchMode):
+    """Within it no tensor may have more than `most` values, those included that an initialisation makes on the way."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor) and tensor.numel() > self.most:
+                raise OversizeError(
+                    f"the network needs a tensor of {tensor.numel():,} values, far more than its file of weights"
+                )
+        return output
+
+
 @contextmanager
 def bounded_size(header: dict[str, TensorInfo]) -> Iterator[None]:
     """Within it, no network can be built that is much larger than the tensors of a file's header.
@@ -343,30 +449,58 @@ def bounded_size(header: dict[str, TensorInfo]) -> Iterator[None]:
     A record can ask for a million blocks; libraries would build them one by one until memory is full.
 
     Raises:
-        ValueError: When a network has more than twice as many parameters, or more than ten times as many layers.
+        OversizeError: When a network has more than twice as many parameters, or more than ten times as many layers, or
+            tables that are not in the file and far larger than it.
     """
-    counts = {"layers": 0, "values": 0}
+    counts = {"layers": 0, "values": 0, "values of tables": 0}
+    in_file = sum(math.prod(info.shape) for info in header.values())
     most = {
         "layers": 10_000 + 10 * len(header),
-        "values": 1_000_000 + 2 * sum(math.prod(info.shape) for info in header.values()),
+        "values": 1_000_000 + 2 * in_file,
+        "values of tables": 16_000_000 + 2 * in_file,
     }
 
     def count(kind: str, number: int) -> None:
         counts[kind] += number
         if counts[kind] > most[kind]:
-            raise ValueError(f"the network has more than {most[kind]:,} {kind}, far more than its file of weights")
+            raise OversizeError(f"the network has more than {most[kind]:,} {kind}, far more than its file of weights")
+
+    def count_values(kind: str, tensor: Tensor | None) -> None:
+        count(kind, 0 if tensor is None else tensor.numel())
 
     hooks = [
         register_module_module_registration_hook(lambda module, name, child: count("layers", 1)),
-        register_module_parameter_registration_hook(
-            lambda module, name, parameter: count("values", 0 if parameter is None else parameter.numel())
+        register_module_parameter_registration_hook(lambda module, name, tensor: count_values("values", tensor)),
+        register_module_buffer_registration_hook(
+            lambda module, name, tensor: count_values("values of tables", tensor)
         ),
     ]
     try:
-        yield
+        with _LargestTensor(most["values of tables"]):
+            yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _check_size(header: dict[str, TensorInfo], build: Callable[[], Any], name: str) -> None:
+    """Builds a network once to see whether it has the size of its weights, without memory where that works."""
+    for device in ("meta", "cpu"):
+        try:
+            with bounded_size(header), torch.device(device):
+                build()
+            return
+        except OversizeError as error:
+            raise ValueError(f"{name} was not loaded: {error}.") from error
+        except Exception as error:  # what is wrong besides is told by the real attempt
+            logger.debug("%s cannot be built on %s: %s", name, device, error)
+
+
+def _native(folder: Path, of_timm: bool) -> nn.Module:
+    """The network of a checkpoint as it was saved, without its weights."""
+    if of_timm:
+        return timm.create_model(f"local-dir:{folder}")
+    return AutoModelForImageClassification.from_config(_with_class(_transformers_config(str(folder))))
 
 
 def backbone_digest(tensors: dict[str, Tensor], heads: list[str], record: dict[str, Any]) -> str:
@@ -400,7 +534,7 @@ def _timm_config(model: nn.Module) -> dict[str, Any] | None:
         path = Path(folder) / "config.json"
         try:
             save_config_for_hf(model, str(path))
-        except ValueError:  # an argument of the model is not JSON
+        except Exception:  # an argument of the model is not JSON, or a note about its weights is of a wrong type
             return None
         config = json.loads(path.read_text())
     # timm writes the number of classes twice, and transformers' wrapper then fails to load the checkpoint.
