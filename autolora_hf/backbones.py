@@ -4,29 +4,18 @@ from __future__ import annotations
 
 import copy
 import difflib
-import hashlib
 import json
 import logging
-import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import (
-    register_module_buffer_registration_hook,
-    register_module_module_registration_hook,
-    register_module_parameter_registration_hook,
-)
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -35,7 +24,7 @@ from transformers import (
 )
 
 from .download import commit_of, download, is_repository_name
-from .files import TensorInfo, check_finite, read_header, read_json
+from .files import check_finite
 from .inputs import (
     check_classifier,
     library_of,
@@ -47,7 +36,7 @@ from .inputs import (
     wrong_size_message,
 )
 from .pixels import size_pair
-from .record import check_network, shown
+from .untrusted import check_size, safe_config, safe_weights
 
 
 logger = logging.getLogger(__name__)
@@ -96,12 +85,12 @@ def load_backbone(
             f"Unknown checkpoint {name!r}: not a timm model, not a directory, not a Hub name 'org/name'."
             + (f" Did you mean {' or '.join(map(repr, near))}?" if near else "")
         )
-    saved = _safe_config(folder, name)
+    saved = safe_config(folder, name)
     # What transformers' wrapper saved names its own class; timm may not be able to read it.
     of_timm = "architecture" in saved and saved.get("model_type") != "timm_wrapper" and library != "transformers"
     try:
         if pretrained:
-            _check_size(_safe_weights(folder, name, of_timm), partial(_native, folder, of_timm), name)
+            check_size(safe_weights(folder, name, of_timm), partial(_native, folder, of_timm), name)
         if of_timm:
             model = _load_timm(f"local-dir:{folder}", num_classes, pretrained, size)
         else:
@@ -113,56 +102,6 @@ def load_backbone(
     if pretrained:
         check_finite(model.state_dict(), folder)
     return model
-
-
-def _safe_config(folder: Path, name: str) -> dict[str, Any]:
-    """Content of the `config.json` of a checkpoint, which may come from a stranger.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If it asks for more than to build a network.
-    """
-    saved = read_json(folder / "config.json")
-    if not isinstance(saved, dict):
-        raise ValueError(f"{folder / 'config.json'} holds no configuration.")
-    # Custom code is named there; it is never loaded.
-    named = {key: value for key, value in saved.items() if key not in ("auto_map", "custom_pipelines")}
-    check_network(named, f"{name}: config.json: config")
-    wrapped = saved.get("architecture") if saved.get("model_type") == "timm_wrapper" else None
-    if wrapped is not None and not timm.is_model(wrapped):
-        raise ValueError(f"{name}: config.json: {shown(wrapped)} is no model of timm.")
-    if (folder / "adapter_config.json").exists():
-        # transformers would load it as well, perhaps from a pickle.
-        raise ValueError(
-            f"{name} holds an adapter (adapter_config.json) besides the model: merge it, or move it elsewhere."
-        )
-    return saved
-
-
-def _safe_weights(folder: Path, name: str, of_timm: bool) -> dict[str, TensorInfo]:
-    """Headers of the safetensors files that a library will read for a checkpoint.
-
-    Raises:
-        ValueError: If it would read others, such as pickles; or if they are damaged.
-    """
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.is_file():
-        return read_header(whole)
-    if of_timm or not index.is_file():
-        raise ValueError(
-            f"{name} has no safetensors weights named model.safetensors. Pickled ones (.bin, .pth) are not loaded, "
-            "since a pickle can run code: convert them first."
-        )
-    content = read_json(index)
-    shards = content.get("weight_map") if isinstance(content, dict) else None
-    shards = sorted({str(shard) for shard in shards.values()}) if isinstance(shards, dict) else []
-    wrong = [shard for shard in shards if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", shard)]
-    if not shards or wrong:
-        raise ValueError(f"{index} must name safetensors files of its own folder, got {shown((wrong or [None])[0])}.")
-    header: dict[str, TensorInfo] = {}
-    for shard in shards:
-        header |= read_header(folder / shard)
-    return header
 
 
 def resolved_name(name: str, revision: str | None = None, token: str | bool | None = None) -> tuple[str, str | None]:
@@ -421,110 +360,11 @@ def _build(record: dict[str, Any]) -> nn.Module:
         return timm.create_model(f"local-dir:{folder}", pretrained=False, num_classes=config["num_classes"])
 
 
-class OversizeError(ValueError):
-    """A network is far larger than its file of weights."""
-
-
-class _LargestTensor(TorchDispatchMode):
-    """Within it no tensor may have more than `most` values, those included that an initialisation makes on the way."""
-
-    def __init__(self, most: int) -> None:
-        super().__init__()
-        self.most = most
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, Tensor) and tensor.numel() > self.most:
-                raise OversizeError(
-                    f"the network needs a tensor of {tensor.numel():,} values, far more than its file of weights"
-                )
-        return output
-
-
-@contextmanager
-def bounded_size(header: dict[str, TensorInfo]) -> Iterator[None]:
-    """Within it, no network can be built that is much larger than the tensors of a file's header.
-
-    A record can ask for a million blocks; libraries would build them one by one until memory is full.
-
-    Raises:
-        OversizeError: When a network has more than twice as many parameters, or more than ten times as many layers, or
-            tables that are not in the file and far larger than it.
-    """
-    counts = {"layers": 0, "values": 0, "values of tables": 0}
-    in_file = sum(math.prod(info.shape) for info in header.values())
-    most = {
-        "layers": 10_000 + 10 * len(header),
-        "values": 1_000_000 + 2 * in_file,
-        "values of tables": 16_000_000 + 2 * in_file,
-    }
-
-    def count(kind: str, number: int) -> None:
-        counts[kind] += number
-        if counts[kind] > most[kind]:
-            raise OversizeError(f"the network has more than {most[kind]:,} {kind}, far more than its file of weights")
-
-    def count_values(kind: str, tensor: Tensor | None) -> None:
-        count(kind, 0 if tensor is None else tensor.numel())
-
-    hooks = [
-        register_module_module_registration_hook(lambda module, name, child: count("layers", 1)),
-        register_module_parameter_registration_hook(lambda module, name, tensor: count_values("values", tensor)),
-        register_module_buffer_registration_hook(
-            lambda module, name, tensor: count_values("values of tables", tensor)
-        ),
-    ]
-    try:
-        with _LargestTensor(most["values of tables"]):
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _check_size(header: dict[str, TensorInfo], build: Callable[[], Any], name: str) -> None:
-    """Builds a network once to see whether it has the size of its weights, without memory where that works."""
-    for device in ("meta", "cpu"):
-        try:
-            with bounded_size(header), torch.device(device):
-                build()
-            return
-        except OversizeError as error:
-            raise ValueError(f"{name} was not loaded: {error}.") from error
-        except Exception as error:  # what is wrong besides is told by the real attempt
-            logger.debug("%s cannot be built on %s: %s", name, device, error)
-
-
 def _native(folder: Path, of_timm: bool) -> nn.Module:
     """The network of a checkpoint as it was saved, without its weights."""
     if of_timm:
         return timm.create_model(f"local-dir:{folder}")
     return AutoModelForImageClassification.from_config(_with_class(_transformers_config(str(folder))))
-
-
-def backbone_digest(tensors: dict[str, Tensor], heads: list[str], record: dict[str, Any]) -> str:
-    """Identity of a backbone's weights; without its head, which is made afresh for another number of classes.
-
-    Args:
-        tensors (`dict[str, Tensor]`): State dict of the backbone without any branch.
-        heads (`list[str]`): Its classification layers.
-        record (`dict`): What [`describe_backbone`] gives.
-    """
-    prefixes = tuple(f"{head}." for head in heads)
-    # What was resampled for another image size differs in the last bit between processors.
-    resampled = record.get("resampled", ())
-    return weights_digest({k: v for k, v in tensors.items() if not k.startswith(prefixes) and k not in resampled})
-
-
-def weights_digest(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over names, shapes and values of `tensors`, independent of their order."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _timm_config(model: nn.Module) -> dict[str, Any] | None:

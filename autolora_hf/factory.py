@@ -16,6 +16,10 @@ from torch import Tensor, nn
 from . import backbones, inputs, saving, targets
 from .attacks.pgd import attack_mode, forget_cached, logits_of
 from .config import AutoLoraConfig, ThreatModel
+from .consistency import check_branches
+from .digests import backbone_digest
+from .fingerprint import check_fingerprint
+from .heads import check_heads, resolve_heads
 from .modeling import AutoLoraModel
 from .pixels import Preprocessing, size_pair
 from .routes import NATURAL, ROBUST
@@ -81,10 +85,10 @@ def get_autolora_model(
     inputs.check_runs(model, example)
     with attack_mode(model):
         if config.head is None:
-            heads = targets.resolve_heads(model, example)
-            config.head = heads[0] if len(heads) == 1 else heads
+            found = resolve_heads(model, example)
+            config.head = found[0] if len(found) == 1 else found
         else:
-            targets.check_heads(model, config.heads, example)
+            check_heads(model, config.heads, example)
     uses = targets.watch_layers(model, example)
     if config.target_modules in (None, "all"):
         stock_only = config.target_modules is None and config.mode == "adapter"
@@ -95,7 +99,7 @@ def get_autolora_model(
     stock_layers = frozenset(name for name, use in uses.items() if targets.in_stock_peft(modules[name], use))
     config.modules_to_save = targets.requested_modules(model, config)
     backbone = backbones.describe_backbone(model, name, revision, image_size, token)
-    backbone["weights_sha256"] = backbones.backbone_digest(model.state_dict(), config.heads, backbone)
+    backbone["weights_sha256"] = backbone_digest(model.state_dict(), config.heads, backbone)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if config.mode == "full" and not trainable:
         raise ValueError(
@@ -216,8 +220,9 @@ def load_autolora_model(
             f"The saved model has {record.num_classes} classes but the base model has {classes}. Create the base "
             f"model with {record.num_classes} classes."
         )
+    check_branches(base_model, record, directory)
     config = record.autolora_config()
-    digest = backbones.backbone_digest(base_model.state_dict(), config.heads, record.backbone)
+    digest = backbone_digest(base_model.state_dict(), config.heads, record.backbone)
     model = get_autolora_model(
         base_model,
         config,
@@ -240,7 +245,7 @@ def load_autolora_model(
     if same_base:
         # Figures belong to this base.
         model.results, model.training_plan = record.results, record.training
-        saving.check_fingerprint(model, record, name_or_path)
+        check_fingerprint(model, record, name_or_path)
     model._switch.rest_in(route)
     return model.eval()
 

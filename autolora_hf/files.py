@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .checks import listed, printable
+
 
 _MOST_CONTAINERS = 1_000_000
 # Of a safetensors file; a network of 20,000 tensors takes a sixth of it.
@@ -214,12 +216,12 @@ def check_finite(tensors: dict[str, Tensor], path: Path) -> None:
     """Raises `ValueError` if a tensor of a file holds values that are NaN or infinite."""
     bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if bad:
-        raise ValueError(f"{path} holds weights that are NaN or infinite ({_listed(bad)}). Nothing was loaded.")
+        raise ValueError(f"{path} holds weights that are NaN or infinite ({listed(bad, 5)}). Nothing was loaded.")
 
 
 def check_nothing_wrong(problems: dict[str, list[str]], path: Path) -> None:
     """Raises `ValueError` if a file holds other tensors than it must; `problems` are their names by what is wrong."""
-    found = [f"{what}: {_listed(names)}" for what, names in problems.items() if names]
+    found = [f"{what}: {listed(names, 5)}" for what, names in problems.items() if names]
     if found:
         raise ValueError(
             f"{path} does not belong to this model ({'; '.join(found)}). Nothing was loaded. It was saved from "
@@ -229,14 +231,3 @@ def check_nothing_wrong(problems: dict[str, list[str]], path: Path) -> None:
 
 def _kinds(tensor: Tensor) -> tuple[str | None, ...]:
     return FLOATS if tensor.is_floating_point() else (_DTYPES.get(tensor.dtype),)
-
-
-def printable(text: str, most: int = 400) -> str:
-    """The start of a text of a stranger, without the control sequences of a terminal."""
-    shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text[:most])
-    return shown + ("..." if len(text) > most else "")
-
-
-def _listed(names: list[str], most: int = 5) -> str:
-    shown = ", ".join(printable(name) for name in names[:most])
-    return shown + (f" and {len(names) - most} more" if len(names) > most else "")

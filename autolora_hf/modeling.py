@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from . import backbones, checkpointing, saving, targets
 from .attacks.pgd import forget_cached, logits_of
+from .checks import text
 from .config import AutoLoraConfig, ThreatModel
 from .layers import WeightLora, factor
 from .pixels import Normalize, Preprocessing
@@ -153,6 +154,17 @@ class AutoLoraModel(PeftModel):
                 self.natural_norms[name.replace(".", "/")] = replacement
                 natural.swapped.append((parent, child, original, replacement))
         return RouteSwitch(list(layers.values()), {ROBUST: robust, NATURAL: natural})
+
+    @property
+    def label_names(self) -> list[str] | None:
+        return self._label_names
+
+    @label_names.setter
+    def label_names(self, names: list[str] | None) -> None:
+        # Checked here, since names that cannot be read back would be noticed when the model is saved.
+        for index, name in enumerate(names or ()):
+            text(name, f"label_names[{index}]")
+        self._label_names = None if names is None else list(names)
 
     # ---- structure ----
 

@@ -26,6 +26,9 @@ _RESAMPLE_NAMES = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "
 # equally near, the rest does not exist.
 _SHARED_FILTERS = ("bilinear", "bicubic", "lanczos")
 
+# More than any image classifier takes, and few enough for a configuration of a stranger to be harmless.
+MOST_PIXELS = 2048 * 2048
+
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -59,6 +62,8 @@ class Preprocessing:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if len(self.image_size) != 2 or min(self.image_size) < 1:
             raise ValueError(f"`image_size` must be (height, width) in pixels, got {self.image_size}.")
+        if math.prod(self.image_size) > MOST_PIXELS:
+            raise ValueError(f"`image_size` must be of at most {MOST_PIXELS:,} pixels in all, got {self.image_size}.")
         if len(self.mean) != 3 or len(self.std) != 3:
             raise ValueError(
                 f"Only models of RGB images (3 channels) are supported, got mean {self.mean} and std {self.std}."
@@ -113,6 +118,10 @@ class Preprocessing:
                 have no fixed size.
         """
         kind = type(processor).__name__
+        sizes = [getattr(processor, name, None) or {} for name in ("size", "crop_size")]
+        sides = [side for size in sizes for side in ([size] if isinstance(size, int) else dict(size).values())]
+        if any(isinstance(side, int) and side**2 > 4 * MOST_PIXELS for side in sides):
+            raise ValueError(f"{kind} makes images larger than any classifier takes: {sizes}.")
         images = [_test_image(300, 400), _test_image(400, 300)]
         try:
             wanted = [processor(images=image, return_tensors="pt")["pixel_values"][0].float() for image in images]

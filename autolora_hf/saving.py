@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from . import backbones
-from .attacks.pgd import attack_mode, forget_cached
+from .attacks.pgd import forget_cached
 from .config import AUTOLORA_FIELDS
+from .consistency import check_branches, check_files
+from .digests import weights_digest
 from .download import commit_of, download, is_repository_name
 from .files import (
     FLOATS,
-    TensorInfo,
     check_finite,
     check_nothing_wrong,
     inside,
@@ -32,7 +33,7 @@ from .files import (
     staged,
     write_json,
 )
-from .layers import weight_name
+from .fingerprint import fingerprint
 from .layout import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -53,9 +54,9 @@ from .layout import (
     robust_factors,
     weight_files,
 )
-from .pixels import Preprocessing
 from .record import RECORD, Record
 from .routes import NATURAL, ROBUST
+from .untrusted import bounded_size
 
 
 if TYPE_CHECKING:
@@ -222,58 +223,7 @@ def current_results(model: AutoLoraModel) -> list[dict[str, Any]]:
 def deployed_digest(model: AutoLoraModel) -> str:
     """SHA-256 of the weights of the deployed route that training changes."""
     with model.route(ROBUST):
-        return backbones.weights_digest(deployed_tensors(model))
-
-
-# ---- the fingerprint ----
-
-
-def fingerprint(model: AutoLoraModel) -> dict[str, list[list[float]]] | None:
-    """Logits of both routes for two fixed images; `None` if they are not finite.
-
-    Names and shapes of weights do not tell everything about a model: with it a loader notices a network whose forward
-    is another one, in a later release of its library for instance.
-    """
-    logits = {route: _fixed_logits(model, route) for route in (ROBUST, NATURAL)}
-    if not all(values.isfinite().all() for values in logits.values()):
-        return None
-    return {route: [[float(f"{x:.7g}") for x in row] for row in values.tolist()] for route, values in logits.items()}
-
-
-def check_fingerprint(model: AutoLoraModel, record: Record, source: str | os.PathLike) -> None:
-    """Warns if the loaded model does not compute what it computed when it was saved."""
-    for route, saved in (record.fingerprint or {}).items():
-        expected, found = torch.tensor(saved, dtype=torch.float64), _fixed_logits(model, route)
-        if expected.shape == found.shape:
-            # Rounding is magnified a thousandfold in some networks; another forward is not that near.
-            difference = ((found - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
-            if difference < 0.05:
-                continue
-        logger.warning(
-            "The %s route of %s does not compute what it computed when it was saved: its logits for two fixed images "
-            "differ. Its figures may not hold. It was saved with %s.",
-            route,
-            source,
-            ", ".join(f"{name} {version}" for name, version in record.versions.items()),
-        )
-
-
-@torch.no_grad()
-def _fixed_logits(model: AutoLoraModel, route: str) -> Tensor:
-    with attack_mode(model):
-        view = model.pixel_space(route)
-        pixels = _fixed_images(model.preprocessing).to(next(model.parameters()).device)
-        return view(pixels).double().cpu()
-
-
-def _fixed_images(preprocessing: Preprocessing) -> Tensor:
-    """Two smooth coloured patterns, 2 x 3 x H x W, of whole 255ths: the same on every machine."""
-    height, width = preprocessing.image_size
-    rows = torch.linspace(0, 1, height, dtype=torch.float64)[:, None]
-    columns = torch.linspace(0, 1, width, dtype=torch.float64)[None, :]
-    waves = [torch.sin(math.tau * (n * rows + (5 - n) * columns) + n) for n in range(6)]
-    pixels = torch.stack(waves).view(2, 3, height, width)
-    return ((pixels + 1) * 127).round().float() / 255
+        return weights_digest(deployed_tensors(model))
 
 
 # ---- loading ----
@@ -302,101 +252,12 @@ def fetch(name_or_path: str | os.PathLike, **options: Any) -> tuple[Path, Record
     return path, record
 
 
-def check_files(directory: Path, record: Record) -> None:
-    """Compares the headers of a saved model's files with its record, before any memory is spent on either.
-
-    Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: If one is damaged or a link out of the folder, or if the record asks for larger branches or more
-            classes than the files have.
-    """
-    robust = (BASE_WEIGHTS,) if record.mode == "full" else (ADAPTER_WEIGHTS, ROBUST_FACTORS)
-    robust, natural = _first(directory, *robust), _first(directory, NATURAL_ADAPTER, NATURAL_FACTORS)
-    headers = {path: read_header(path) for path in (robust, natural)}
-    shapes = {info.shape for info in headers[robust].values()}
-    if not any(shape and shape[0] == record.num_classes for shape in shapes):
-        raise ValueError(f"{robust} has no weights of a classifier of {record.num_classes} classes.")
-    size, asked = 0, 0.0
-    for name in record.config["target_modules"]:
-        factors = _factors_of(headers[natural], name, natural)
-        # The rank of a file's factors is at least that of the record, but for grouped layers, which cannot have as
-        # many: theirs is the width of the layer.
-        widest = max((side for info in factors for side in info.shape), default=0)
-        if record.rank(name) > max(widest, 1024):
-            raise ValueError(
-                f"{directory / RECORD} asks for rank {record.rank(name):,} of {name}, but its branch in {natural} has "
-                f"at most {widest:,}: the ranks cannot be right."
-            )
-        for info in factors:
-            elements, rank = math.prod(info.shape), min(filter(None, info.shape), default=1)
-            size += elements
-            asked += elements * record.rank(name) / rank
-    if asked > 64 * size + 1e6:
-        raise ValueError(
-            f"{directory / RECORD} asks for branches of about {asked:,.0f} values, but {natural} holds {size:,}: the "
-            "ranks cannot be right."
-        )
-
-
-def _first(directory: Path, *names: str) -> Path:
-    """The file of these that a folder has; the first one if it has none."""
-    paths = [inside(directory, name) for name in names]
-    return next((path for path in paths if path.is_file()), paths[0])
-
-
 def rebuild(directory: Path, record: Record) -> nn.Module:
     """Mode `full`: a network of the recorded architecture, as large as the saved weights and yet without them."""
     path = inside(directory, BASE_WEIGHTS)
-    with backbones.bounded_size(read_header(path)):
+    with bounded_size(read_header(path)):
         check_branches(backbones.rebuild_backbone(record.backbone), record, directory)
         return backbones.rebuild_backbone(record.backbone, device="cpu")
-
-
-def check_branches(network: nn.Module, record: Record, directory: Path) -> None:
-    """Compares what a record says of the layers of its backbone with the backbone, before branches are made.
-
-    Raises:
-        ValueError: If it names layers that the backbone does not have, or if their branches would be far larger than
-            those in the folder's files.
-    """
-    modules = dict(network.named_modules())
-    named = [*record.config["target_modules"], *(record.config["modules_to_save"] or [])]
-    strangers = [name for name in named if name not in modules]
-    if strangers:
-        raise ValueError(
-            f"{directory / RECORD} names {len(strangers)} layers that {type(network).__name__} does not have, such as "
-            f"{strangers[0]}."
-        )
-    asked = sum(_branch_values(modules[name], record.rank(name), record) for name in record.config["target_modules"])
-    natural = _first(directory, NATURAL_ADAPTER, NATURAL_FACTORS)
-    held = sum(math.prod(info.shape) for info in read_header(natural).values())
-    if asked > 2 * held + 1_000_000:
-        raise ValueError(
-            f"{directory / RECORD} asks for branches of {asked:,} values, but {natural} holds {held:,}: the ranks "
-            "cannot be right."
-        )
-
-
-def _branch_values(layer: nn.Module, rank: int, record: Record) -> int:
-    """How many values the factors of a branch of `layer` will have, see [`WeightLora`]."""
-    weight = getattr(layer, weight_name(layer), None)
-    if not isinstance(weight, Tensor) or weight.ndim < 2 or not weight.numel():
-        return 0  # told in words when the branch is made
-    rows = weight.shape[0]
-    if record.config["layout"] == "released" and weight.ndim > 2:
-        rows, rank = rows * weight.shape[2], rank * min(weight.shape[2], math.prod(weight.shape[3:]))
-    columns = max(weight.numel() // rows, 1)
-    if getattr(layer, "groups", 1) > 1:
-        rank = min(rank, rows, columns)
-    return rank * (rows + columns)
-
-
-def _factors_of(header: dict[str, TensorInfo], layer: str, file: Path) -> list[TensorInfo]:
-    for pattern in ("base_model.model.{}.{}.weight", "{}.{}"):
-        names = [pattern.format(layer, side) for side in ("lora_A", "lora_B")]
-        if all(name in header for name in names):
-            return [header[name] for name in names]
-    raise ValueError(f"{file} does not belong to this model (missing: the branch of {layer}). Nothing was loaded.")
 
 
 def load_weights(model: AutoLoraModel, directory: str | os.PathLike) -> None:

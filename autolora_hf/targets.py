@@ -1,8 +1,7 @@
-"""Which layers get a branch, where the head is, and whether every branch is alive.
+"""Which layers get a branch, and whether every branch is alive.
 
-Everything is decided by structure and by watching one forward pass: the head is the last layer before the logits; a
-branch goes on every convolution and linear layer inside the repeated blocks (composite elements of an `nn.Sequential`
-or `nn.ModuleList`), so never on the stem.
+Everything is decided by structure and by watching one forward pass: a branch goes on every convolution and linear layer
+inside the repeated blocks (composite elements of an `nn.Sequential` or `nn.ModuleList`), so never on the stem.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from .attacks.pgd import attack_mode, logits_of
+from .checks import listed
 from .config import AutoLoraConfig
 from .layers import factor, weight_name
 
@@ -36,87 +36,6 @@ def statistics_norms(model: nn.Module) -> dict[str, nn.Module]:
         if any(key.startswith("running_") and buffer is not None for key, buffer in module._buffers.items())
         and not isinstance(module, (FrozenBatchNorm2d, FrozenBatchNormAct2d))
     }
-
-
-# ---- the head ----
-
-
-def resolve_heads(model: nn.Module, example: Tensor) -> list[str]:
-    """Names of the classification layers: the last layers with weights on every way to the logits.
-
-    One for most models; two for distilled ones (the mean of two heads), models with an auxiliary head, or CrossViT.
-
-    Args:
-        model (`nn.Module`): A timm or transformers image classifier, in eval mode.
-        example (`Tensor`): One normalised image, 1 x 3 x H x W.
-
-    Raises:
-        ValueError: If there is no such layer with one output a class; the message lists what was found.
-    """
-    made: dict[Any, str] = {}
-    modules = dict(model.named_modules())
-
-    def remember(name: str, output: Any) -> None:
-        for tensor in output if isinstance(output, (tuple, list)) else [output]:
-            if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
-                made.setdefault(tensor.grad_fn, name)
-
-    hooks = [
-        module.register_forward_hook(lambda _module, _inputs, output, name=name: remember(name, output))
-        for name, module in modules.items()
-        if next(module.parameters(), None) is not None and next(module.children(), None) is None
-    ]
-    try:
-        # The graph starts at the image, so that it is there however much of the model is frozen.
-        with torch.enable_grad():
-            logits = logits_of(model(example.detach().clone().requires_grad_(True)))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    heads, seen, waiting = set(), set(), [logits.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node in made:
-            heads.add(made[node])
-        else:
-            waiting += [below for below, _ in node.next_functions]
-    classes = logits.shape[-1]
-    wrong = [name for name in heads if _outputs_of(modules[name]) != classes]
-    if not heads or wrong:
-        candidates = [name for name, module in modules.items() if _outputs_of(module) == classes]
-        raise ValueError(
-            f"Could not find the classification layer of {type(model).__name__}: the last layers before the "
-            f"{classes} logits are {_listed(sorted(heads))}. Layers with {classes} outputs: {_listed(candidates)}. "
-            "Create the model with a classifier (`num_classes` > 0) that ends in a linear layer or a convolution."
-        )
-    return [name for name in modules if name in heads]
-
-
-def check_heads(model: nn.Module, wanted: list[str], example: Tensor) -> None:
-    """Raises `ValueError` unless `wanted` are the classification layers of `model`, see [`resolve_heads`], and perhaps
-    further layers of its classifier, such as the hidden ones of an MLP."""
-    modules = dict(model.named_modules())
-    shown = wanted[0] if len(wanted) == 1 else wanted
-    if not wanted or len(set(wanted)) != len(wanted):
-        raise ValueError(f"`head={shown!r}` must name each classification layer once. Leave it out to have it found.")
-    for name in wanted:
-        if name not in modules:
-            raise ValueError(f"`head={name!r}` is not a layer of {type(model).__name__}.")
-    heads = resolve_heads(model, example)
-    wrong = [name for name in wanted if name not in heads and list(modules[name].children())]
-    if wrong or not set(heads) <= set(wanted):
-        kind = ", ".join(f"{name!r} is a {type(modules[name]).__name__}" for name in wrong or wanted)
-        raise ValueError(
-            f"`head={shown!r}` is not what gives the logits of {type(model).__name__}: {kind}; the logits come from "
-            f"{_listed(heads)}. Leave `head` out, or name these and further layers of the classifier."
-        )
-
-
-def _outputs_of(module: nn.Module) -> int | None:
-    return getattr(module, "out_features", None) or getattr(module, "out_channels", None)
 
 
 # ---- layers that get a branch ----
@@ -264,7 +183,7 @@ def resolve_targets(
     if not targets:
         raise ValueError(
             f"{type(model).__name__} has no layer that could carry a branch: no convolution or linear layer besides "
-            f"the first one and the classification layer ({_listed(heads)}) takes part in its forward pass."
+            f"the first one and the classification layer ({listed(heads)}) takes part in its forward pass."
         )
     return targets
 
@@ -303,8 +222,8 @@ def requested_targets(
         missing = [wanted for wanted in requested if not any(f".{name}".endswith(f".{wanted}") for name in modules)]
         if missing:
             raise ValueError(
-                f"`target_modules` names layers that {kind} does not have: {_listed(missing)}. Layers that can carry "
-                f"a branch: {_listed([name for name in uses if name not in heads])}."
+                f"`target_modules` names layers that {kind} does not have: {listed(missing)}. Layers that can carry "
+                f"a branch: {listed([name for name in uses if name not in heads])}."
             )
     in_head = [name for name in found if name in heads]
     if in_head:
@@ -314,13 +233,13 @@ def requested_targets(
         described = [f"{name} ({type(modules[name]).__name__})" for name in unable]
         raise ValueError(
             f"`target_modules` names layers that cannot carry a branch, since they are of another kind, or they or "
-            f"their weights sit in several places of the model: {_listed(described)}. Those that can: "
-            f"{_listed([name for name in uses if name not in heads])}."
+            f"their weights sit in several places of the model: {listed(described)}. Those that can: "
+            f"{listed([name for name in uses if name not in heads])}."
         )
     unused = [name for name in found if not uses[name].any]
     if unused:
         raise ValueError(
-            f"`target_modules` names layers that the forward pass of {kind} never uses: {_listed(unused)}."
+            f"`target_modules` names layers that the forward pass of {kind} never uses: {listed(unused)}."
         )
     return found
 
@@ -351,7 +270,7 @@ def requested_modules(model: nn.Module, config: AutoLoraConfig) -> list[str] | N
         clash = [other for other in others if f"{other}.".startswith(f"{name}.") or f"{name}.".startswith(f"{other}.")]
         if name in config.target_modules or clash:
             raise ValueError(
-                f"`modules_to_save` includes {name!r}, which overlaps with {_listed(clash or [name])}: a layer has "
+                f"`modules_to_save` includes {name!r}, which overlaps with {listed(clash or [name])}: a layer has "
                 "either a branch or a trained copy of its own, and the head and BatchNorm have one anyway."
             )
     return found or None
@@ -401,7 +320,7 @@ def check_alive(model: nn.Module, images: Tensor) -> None:
     dead = list(dict.fromkeys(name for (name, _), gradient in pairs if gradient is None))
     if dead:
         raise ValueError(
-            f"The logits do not depend on the weights of {_listed(dead)}, so their branches would be dead. Pass the "
+            f"The logits do not depend on the weights of {listed(dead)}, so their branches would be dead. Pass the "
             "other layers as `AutoLoraConfig(target_modules=[...])`."
         )
 
@@ -423,8 +342,3 @@ def hidden_head_layers(model: nn.Module, heads: list[str], targets: list[str]) -
 
 def _parent(model: nn.Module, name: str) -> nn.Module:
     return model.get_submodule(name.rpartition(".")[0])
-
-
-def _listed(names: list[str], most: int = 8) -> str:
-    shown = ", ".join(names[:most]) or "none"
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -27,8 +27,9 @@ from autolora_hf import RobustnessReport, get_autolora_model, load_autolora_mode
 from autolora_hf.backbones import load_backbone
 from autolora_hf.files import inside, read_header, read_json
 from autolora_hf.hub.model_card import Environment, write_model_card
-from autolora_hf.record import RECORD, Record, check_network
+from autolora_hf.record import RECORD, Record
 from autolora_hf.saving import check_branches
+from autolora_hf.untrusted import check_network
 
 
 fuzz_loader = load_script("fuzz_loader")

@@ -126,9 +126,11 @@ def test_only_the_deployed_route_is_published():
 def test_names_of_strangers_cannot_break_the_page(tmp_path):
     evil = '<script>alert(1)</script>| {{ 7 * 7 }} {% raw %}\n# heading\x1b[31m `code` [link](http://x) "---"'
     model = new_model()
-    model.label_names = [evil, "b", "c", "d"]
+    with pytest.raises(ValueError, match=r"label_names\[0\] must be a text without control characters"):
+        model.label_names = [evil, "b", "c", "d"]
+    model.label_names = [evil.replace("\x1b", ""), "b", "c", "d"]
     report = measured(model, **STANDARD)
-    # The reports themselves refuse control characters.
+    # Reports refuse line breaks too.
     report.dataset["name"] = printable = "".join(char for char in evil if char.isprintable())
     model.add_result(report)
     model.save_pretrained(tmp_path)

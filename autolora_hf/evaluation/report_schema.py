@@ -5,19 +5,19 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ..record import (
-    _boolean,
-    _integer,
-    _line,
-    _list_of,
-    _mapping,
-    _number,
-    _object,
-    _one_of,
-    _optional,
-    _revision,
-    _text,
-    _wrong,
+from ..checks import (
+    boolean,
+    integer,
+    json_object,
+    line,
+    list_of,
+    mapping,
+    number,
+    one_of,
+    optional,
+    revision,
+    text,
+    wrong,
 )
 
 
@@ -27,82 +27,82 @@ _MOST_IMAGES, _MOST_ATTACKS, _MOST_TEXTS = 10_000_000, 100, 1000
 
 def _digest(value: Any, where: str) -> None:
     if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{12}", value):
-        raise _wrong(where, "12 hexadecimal digits", value)
+        raise wrong(where, "12 hexadecimal digits", value)
 
 
 def _attack_settings(value: Any, where: str) -> None:
     if not isinstance(value, dict):
-        raise _wrong(where, "an object", value)
-    _one_of(*_SETTINGS)(value.get("kind"), f"{where}.kind")
+        raise wrong(where, "an object", value)
+    one_of(*_SETTINGS)(value.get("kind"), f"{where}.kind")
     _SETTINGS[value["kind"]](value, where)
     if value["kind"] == "pgd" and not value["random_start"] and (value["restarts"] > 1 or value["loss"] == "kl"):
         raise ValueError(f"{where}.random_start must be true with restarts or with the loss 'kl'.")
 
 
-_COUNT = _integer(0, _MOST_IMAGES)
-_SHARE = _number(0, 1)
-_SECONDS = _number(0, 1e12)
-_SEED = _integer(-(2**63), 2**64 - 1)  # what torch takes
-_ACCURACY = _object({"correct": _COUNT, "total": _integer(1, _MOST_IMAGES), "low": _SHARE, "high": _SHARE})
+_COUNT = integer(0, _MOST_IMAGES)
+_SHARE = number(0, 1)
+_SECONDS = number(0, 1e12)
+_SEED = integer(-(2**63), 2**64 - 1)  # what torch takes
+_ACCURACY = json_object({"correct": _COUNT, "total": integer(1, _MOST_IMAGES), "low": _SHARE, "high": _SHARE})
 _SETTINGS = {
-    "autoattack": _object({"kind": _text}),
-    "pgd": _object(
+    "autoattack": json_object({"kind": text}),
+    "pgd": json_object(
         {
-            "kind": _text,
-            "steps": _integer(1, 100_000),
-            "step_size": _number(1e-9, 1e3),
-            "loss": _one_of("ce", "kl"),
-            "random_start": _boolean,
-            "restarts": _integer(1, 1000),
+            "kind": text,
+            "steps": integer(1, 100_000),
+            "step_size": number(1e-9, 1e3),
+            "loss": one_of("ce", "kl"),
+            "random_start": boolean,
+            "restarts": integer(1, 1000),
             "seed": _SEED,
         }
     ),
-    "custom": _object({"kind": _text, "name": _line}),
+    "custom": json_object({"kind": text, "name": line}),
 }
-_REPORT = _object(
+_REPORT = json_object(
     {
-        "threat_model": _object({"norm": _text, "eps": _number(0, 1e6)}),
+        "threat_model": json_object({"norm": text, "eps": number(0, 1e6)}),
         "natural": _ACCURACY,
         "robust": _ACCURACY,
-        "attacks": _list_of(
-            _object(
+        "attacks": list_of(
+            json_object(
                 {
-                    "name": _line,
+                    "name": line,
                     "attacked": _COUNT,
                     "broken": _COUNT,
-                    "accuracy": _optional(_SHARE),
+                    "accuracy": optional(_SHARE),
                     "seconds": _SECONDS,
-                    "left_out": _optional(_line),
+                    "left_out": optional(line),
                 }
             ),
             _MOST_ATTACKS,
         ),
-        "protocol": _one_of("autoattack", "autoattack-reduced", "custom"),
-        "attack": _line,
-        "sample_indices": _list_of(_integer(0, 2**40), _MOST_IMAGES, 1),
-        "natural_correct": _list_of(_boolean, _MOST_IMAGES, 1),
-        "robust_correct": _list_of(_boolean, _MOST_IMAGES, 1),
-        "dataset_size": _integer(1, 2**40),
-        "num_classes": _integer(2, 200_000),
+        "protocol": one_of("autoattack", "autoattack-reduced", "custom"),
+        "attack": line,
+        "sample_indices": list_of(integer(0, 2**40), _MOST_IMAGES, 1),
+        "natural_correct": list_of(boolean, _MOST_IMAGES, 1),
+        "robust_correct": list_of(boolean, _MOST_IMAGES, 1),
+        "dataset_size": integer(1, 2**40),
+        "num_classes": integer(2, 200_000),
         "seed": _SEED,
-        "route": _optional(_one_of("robust", "natural")),
-        "device": _line,
+        "route": optional(one_of("robust", "natural")),
+        "device": line,
         "seconds": _SECONDS,
-        "dataset": _object(
+        "dataset": json_object(
             {},
             {
-                "name": _optional(_line),
-                "kind": _one_of("hub", "folder", "quickstart", "memory"),
-                "config": _optional(_line),
-                "split": _optional(_line),
-                "revision": _optional(_revision),
+                "name": optional(line),
+                "kind": one_of("hub", "folder", "quickstart", "memory"),
+                "config": optional(line),
+                "split": optional(line),
+                "revision": optional(revision),
             },
         ),
-        "sample_digests": _list_of(_digest, _MOST_IMAGES),
-        "attack_settings": _list_of(_attack_settings, _MOST_ATTACKS),
-        "batch_size": _optional(_integer(1, _MOST_IMAGES)),
-        "versions": _mapping(_line, _line, 100),
-        "warnings": _list_of(_text, _MOST_TEXTS),
+        "sample_digests": list_of(_digest, _MOST_IMAGES),
+        "attack_settings": list_of(_attack_settings, _MOST_ATTACKS),
+        "batch_size": optional(integer(1, _MOST_IMAGES)),
+        "versions": mapping(line, line, 100),
+        "warnings": list_of(text, _MOST_TEXTS),
     }
 )
 

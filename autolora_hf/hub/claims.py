@@ -11,9 +11,10 @@ from typing import Any
 import yaml
 
 from ..attacks import PGD
+from ..checks import shown
 from ..config import ThreatModel
 from ..evaluation import Accuracy, RobustnessReport
-from ..record import Record, shown
+from ..record import Record
 
 
 # Metadata round figures; more than that is another figure.

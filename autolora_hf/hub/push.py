@@ -17,8 +17,10 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
+from ..consistency import check_files
+from ..files import inside
 from ..record import RECORD, Record
-from ..saving import FILES, check_files
+from ..saving import FILES
 from .model_card import rename_card
 
 
@@ -109,8 +111,12 @@ def _push(
 
 
 def _published(folder: Path) -> list[str]:
+    """Names of the files to push. Raises `ValueError` if one is a link to something outside the folder."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return list(filter_repo_objects(names, allow_patterns=list(PUBLISHED), ignore_patterns=list(KEPT_BACK)))
+    chosen = list(filter_repo_objects(names, allow_patterns=list(PUBLISHED), ignore_patterns=list(KEPT_BACK)))
+    for name in chosen:
+        inside(folder, name)
+    return chosen
 
 
 def _commit(api: HfApi, folder: Path, repo_id: str, revision: str | None, message: str, create_pr: bool) -> CommitInfo:
