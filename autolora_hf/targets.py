@@ -1,7 +1,7 @@
 """Which layers get a branch, and whether every branch is alive.
 
-Everything is decided by structure and by watching one forward pass: a branch goes on every convolution and linear layer
-inside the repeated blocks (composite elements of an `nn.Sequential` or `nn.ModuleList`), so never on the stem.
+Everything is decided by structure and by watching one forward pass: a branch goes on every convolution and linear
+layer inside the repeated blocks (composite elements of an `nn.Sequential` or `nn.ModuleList`), so never on the stem.
 """
 
 from __future__ import annotations
