@@ -66,10 +66,11 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 def write_json(content: Any, path: str | os.PathLike) -> None:
-    """[`write_atomically`] of `content` as JSON: indented, but lists of numbers and truth values in one line."""
+    """[`write_atomically`] of `content` as JSON: indented, but lists of numbers and short words in one line."""
     text = json.dumps(content, indent=2, allow_nan=False)
-    flat = re.compile(r"\[\s*((?:-?[\d.][\d.e+-]*|true|false)(?:,\s*(?:-?[\d.][\d.e+-]*|true|false))*)\s*\]")
-    text = flat.sub(lambda found: "[" + re.sub(r",\s+", ", ", found[1]) + "]", text)
+    entry = r'(?:-?[\d.][\d.e+-]*|true|false|"[^"\\]{0,16}")'
+    flat = re.compile(rf"\[\s*({entry}(?:,\s*{entry})*)\s*\]")
+    text = flat.sub(lambda found: "[" + re.sub(r",\n\s+", ", ", found[1]) + "]", text)
     write_atomically(path, (text + "\n").encode())
 
 
