@@ -69,7 +69,8 @@ def write_json(content: Any, path: str | os.PathLike) -> None:
     """[`write_atomically`] of `content` as JSON: indented, but lists of numbers and short words in one line."""
     text = json.dumps(content, indent=2, allow_nan=False)
     entry = r'(?:-?[\d.][\d.e+-]*|true|false|"[^"\\]{0,16}")'
-    flat = re.compile(rf"\[\s*({entry}(?:,\s*{entry})*)\s*\]")
+    # A line break outside of the texts, in which it is escaped, tells a list from brackets in a text.
+    flat = re.compile(rf"\[\n\s*({entry}(?:,\n\s*{entry})*)\n\s*\]")
     text = flat.sub(lambda found: "[" + re.sub(r",\n\s+", ", ", found[1]) + "]", text)
     write_atomically(path, (text + "\n").encode())
 
