@@ -59,7 +59,9 @@ from autolora_hf.data import as_pixel_dataset, stratified_split, stratified_subs
 from autolora_hf.evaluation import RobustnessReport
 from autolora_hf.files import save_tensors, write_json
 from autolora_hf.hub import extraction
-from autolora_hf.hub.extraction import Extraction, extract_adapter, recalibrate
+from autolora_hf.hub.extraction import Extraction, extract_adapter
+from autolora_hf.hub.norm_statistics import adversarial_examples, recalibrate
+from autolora_hf.hub.weight_change import LayerChange, WeightChange
 from autolora_hf.layout import base_tensors
 from autolora_hf.pixels import Normalize
 from autolora_hf.quickstart import load_digits
@@ -320,7 +322,7 @@ def measure_curve(args: argparse.Namespace, record: Recorder, make_base: Callabl
             train(args, result.model, digits, "repair", **repair)
         more = {"explained": result.total_explained, "ranks": result.ranks, "left_out": result.left_out}
         if size == KEY_SIZE:
-            result.save_pretrained(args.work / f"{size:g} {variant}")
+            result.model.save_pretrained(args.work / f"{size:g} {variant}")
         return measure(result.model, result.values, **more)
 
     for size in sorted(args.sizes, key=lambda size: (size != KEY_SIZE, -size)):
@@ -363,10 +365,10 @@ def compare_weightings(args: argparse.Namespace, record: Recorder, make_base: Ca
     digits = Digits(base.preprocessing, args.seed)
     full = trained(args, record, base, digits)
     pgd = PGD(full.threat_model, steps=20)
-    images = extraction._adversarial(full, as_pixel_dataset(digits.fitted, full.preprocessing))
+    images = adversarial_examples(full, as_pixel_dataset(digits.fitted, full.preprocessing))
     factors = None
     for weighting in ("plain", "relative", "fisher"):
-        change = extraction._WeightChange(full, None)
+        change = WeightChange(full, None)
         if weighting == "fisher":
             factors = _fisher_factors(full, list(change.layers), images)
         for name, layer in change.layers.items():
@@ -389,7 +391,7 @@ def compare_weightings(args: argparse.Namespace, record: Recorder, make_base: Ca
 
 def _scaled(layer: Any, factor: float) -> Any:
     # Scaled triples, with the factor taken out again on the left.
-    return extraction._LayerChange(
+    return LayerChange(
         layer.left / factor, layer.sigma * factor, layer.right, layer.squared_norm * factor**2, layer.stock
     )
 
@@ -400,7 +402,7 @@ def _weighted(layer: Any, gradients: Tensor, inputs: Tensor) -> Any:
     matrix = outer @ (layer.left * layer.sigma @ layer.right) @ inner
     left, sigma, right = torch.linalg.svd(matrix, full_matrices=False)
     norm = float(sigma.square().sum())
-    return extraction._LayerChange(outer_inverse @ left, sigma, right @ inner_inverse, norm, layer.stock)
+    return LayerChange(outer_inverse @ left, sigma, right @ inner_inverse, norm, layer.stock)
 
 
 def _roots(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,9 @@ from autolora_hf import (
     load_autolora_model,
 )
 from autolora_hf.hub import extraction
-from autolora_hf.hub.extraction import extract_adapter, extract_for_accuracy, recalibrate
+from autolora_hf.hub.extraction import extract_adapter, extract_for_accuracy
+from autolora_hf.hub.norm_statistics import recalibrate
+from autolora_hf.hub.weight_change import decompose, greedy_ranks
 from autolora_hf.pixels import Normalize
 
 
@@ -129,7 +131,7 @@ def test_the_stem_gets_a_branch_though_other_names_end_like_it(tmp_path):
         model.get_base_model().conv1.weight += 0.1
     result = extract_adapter(model, base.eval(), rank=2)
     assert list(result.ranks) == ["conv1"] and list(result.model.lora_layers()) == ["conv1"]
-    result.save_pretrained(tmp_path)
+    result.model.save_pretrained(tmp_path)
     assert torch.equal(logits(load_autolora_model(tmp_path, base_model=base)), logits(result.model))
 
 
@@ -163,10 +165,10 @@ def test_greedy_ranks_of_random_spectra_are_monotone_and_affordable():
     layers = {}
     for index, (rows, columns) in enumerate([(4, 9), (7, 30), (16, 16), (3, 50)]):
         new = torch.randn(rows, columns, generator=generator)
-        layers[str(index)] = extraction._decompose(torch.zeros_like(new), new, stock=True)
+        layers[str(index)] = decompose(torch.zeros_like(new), new, stock=True)
     best = 0.0
     for budget in range(0, 900, 7):
-        ranks = extraction._greedy(layers, budget)
+        ranks = greedy_ranks(layers, budget)
         assert sum(layers[name].cost * rank for name, rank in ranks.items()) <= budget
         explained = sum(float(layers[name].sigma[:rank].square().sum()) for name, rank in ranks.items())
         assert explained >= best - 1e-9
@@ -199,7 +201,7 @@ def test_equal_calls_give_equal_adapters_and_change_nothing():
 
 def test_signs_do_not_depend_on_the_library():
     new = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
-    layer = extraction._decompose(torch.zeros(5, 8), new, stock=True)
+    layer = decompose(torch.zeros(5, 8), new, stock=True)
     largest = layer.left.gather(0, layer.left.abs().argmax(0, keepdim=True))
     assert (largest > 0).all()
     assert torch.allclose(layer.left * layer.sigma @ layer.right, new.double())
@@ -212,7 +214,7 @@ def test_signs_do_not_depend_on_the_library():
 def test_stock_peft_loads_it(tmp_path, name):
     model, base = trained(name)
     result = extract_adapter(model, base, size=0.4, stock_peft=True)
-    result.save_pretrained(tmp_path)
+    result.model.save_pretrained(tmp_path)
     stock = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
     images = Normalize(MODELS[name].preprocessing)(pixels())
     with torch.no_grad():
@@ -221,8 +223,9 @@ def test_stock_peft_loads_it(tmp_path, name):
     assert torch.allclose(found, logits(result.model), atol=1e-5)
     again = load_autolora_model(tmp_path, base_model=copy.deepcopy(base))
     assert torch.equal(logits(again), logits(result.model))
-    record = json.loads((tmp_path / "extraction.json").read_text())
+    record = again.training_plan["extraction"]
     assert record["ranks"] == result.ranks and record["values"] == result.values
+    assert record == json.loads(json.dumps(result.to_dict()))
 
 
 def test_the_base_is_found_by_its_name(tmp_path):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import shlex
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..data import as_pixel_dataset, check_class_names, stratified_subset
+from ..data import PixelDataset, as_pixel_dataset, check_class_names, stratified_split, stratified_subset
 from ..evaluation import evaluate_robustness
 from ..evaluation.examples import draw_examples
 from ..hub.extraction import Extraction, extract_adapter, extract_for_accuracy
@@ -18,6 +20,8 @@ from .data import open_data
 from .display import show_progress
 from .model import add_model_arguments, open_model
 
+
+logger = logging.getLogger(__name__)
 
 EXAMPLES = "adversarial_examples.png"
 # More would not change what is decided with them, and take long.
@@ -50,10 +54,12 @@ def run(argv: list[str]) -> None:
         "--keep",
         type=float,
         help="extract the smallest adapter that keeps this share of the robust accuracy gained by training, under PGD "
-        "on training images, e.g. 0.9",
+        "on validation images, e.g. 0.9",
     )
     parser.add_argument("--train-data", help="training data, for --keep and --repair-epochs; improves --adapter-size")
     parser.add_argument("--train-split", help="split of --train-data, e.g. train")
+    parser.add_argument("--validation-data", help="images for --keep; those held out of --train-data when left out")
+    parser.add_argument("--validation-split", help="split of --validation-data")
     parser.add_argument("--repair-epochs", type=int, default=0, help="epochs to train the extracted adapter for")
     parser.add_argument("--name", help="name the model will have on the Hub, 'org/name', for the card")
     parser.add_argument("--dataset-name", help="what the card calls the data")
@@ -70,6 +76,7 @@ def run(argv: list[str]) -> None:
     columns = {"image_column": args.image_column, "label_column": args.label_column}
     test = open_data(args.data, args.split) if args.data else None
     train = open_data(args.train_data, args.train_split) if args.train_data else None
+    validation = open_data(args.validation_data, args.validation_split) if args.validation_data else None
     model = open_model(args)
     if test is not None:
         test = as_pixel_dataset(test, model.preprocessing, name="data", **columns)
@@ -77,8 +84,11 @@ def run(argv: list[str]) -> None:
     if train is not None:
         train = as_pixel_dataset(train, model.preprocessing, name="training data", **columns)
         check_class_names(model.label_names, train.class_names, "training data")
+    if validation is not None:
+        validation = as_pixel_dataset(validation, model.preprocessing, name="validation data", **columns)
+        check_class_names(model.label_names, validation.class_names, "validation data")
     if extracting:
-        extraction = _extract(model, train, args)
+        extraction = _extract(model, train, validation, args)
         print(extraction)
         model = extraction.model
     if args.repair_epochs:
@@ -108,37 +118,60 @@ def run(argv: list[str]) -> None:
     print(f"\nReleased in {folder}/. Publish it with: autolora push {folder} {args.name or 'ORG/NAME'}")
 
 
-def _extract(model: AutoLoraModel, train: Any, args: argparse.Namespace) -> Extraction:
-    calibration = None if train is None else _subset(train, _CALIBRATION_IMAGES, args.seed)
+def _extract(model: AutoLoraModel, train: Any, validation: Any, args: argparse.Namespace) -> Extraction:
     if args.keep is None:
-        extraction = extract_adapter(model, args.base_model, size=args.adapter_size, calibration=calibration)
+        calibration = None if train is None else _subset(train, _CALIBRATION_IMAGES, args.seed)
+        return extract_adapter(model, args.base_model, size=args.adapter_size, calibration=calibration)
+    if validation is None:
+        train, validation = _split(model, train, args.seed)
+    return extract_for_accuracy(
+        model,
+        args.base_model,
+        _subset(validation, _VALIDATION_IMAGES, args.seed),
+        keep=args.keep,
+        calibration=_subset(train, _CALIBRATION_IMAGES, args.seed),
+    )
+
+
+def _split(model: AutoLoraModel, train: PixelDataset, seed: int) -> tuple[PixelDataset, PixelDataset]:
+    """Training images, and those that the training held out of them for validation, if its plan tells which."""
+    plan = model.training_plan or {}
+    total = [plan.get(key) for key in ("training_images", "validation_images")]
+    fraction, used = plan.get("validation_fraction"), plan.get("seed")
+    known = all(isinstance(number, int) for number in [*total, used]) and isinstance(fraction, float)
+    if known and sum(total) == len(train) and 0 < fraction < 1:
+        kept, held_out = stratified_split(train.labels, fraction, used)
     else:
-        validation = _subset(train, _VALIDATION_IMAGES, args.seed + 1)
-        extraction = extract_for_accuracy(model, args.base_model, validation, keep=args.keep, calibration=calibration)
-    plan = {"extraction": str(extraction).splitlines()[0]}
-    extraction.model.training_plan = {**(model.training_plan or {}), **plan}
-    return extraction
+        logger.warning(
+            "Nothing tells which of the training images the model was not fitted to, so --keep is judged on images "
+            "that it may have seen. Give --validation-data with new ones (not the test data)."
+        )
+        kept, held_out = stratified_split(train.labels, 0.1, seed)
+    return train.select(kept), train.select(held_out)
 
 
-def _subset(train: Any, size: int, seed: int) -> Any:
-    return train.select(stratified_subset(train.labels, min(size, len(train)), seed))
+def _subset(data: PixelDataset, size: int, seed: int) -> PixelDataset:
+    return data.select(stratified_subset(data.labels, min(size, len(data)), seed))
 
 
 def _repair(model: AutoLoraModel, train: Any, test: Any, args: argparse.Namespace, columns: dict[str, Any]) -> Any:
     """Trains the adapter on; returns the test data, checked to be none of the training data."""
-    extraction = model.training_plan["extraction"]
-    arguments = AutoLoraTrainingArguments(
-        output_dir=str(Path(args.output) / "repair"),
-        threat_norm=model.threat_model.norm,
-        eps=model.threat_model.eps,
-        num_train_epochs=args.repair_epochs,
-        seed=args.seed,
-        **columns,
-    )
-    trainer = AutoLoraTrainer(model, arguments, train_dataset=train)
-    test = None if test is None else trainer.prepare_test_data(test)
-    trainer.train()
-    model.training_plan = {"extraction": extraction, **{f"repair_{key}": value for key, value in trainer.plan.items()}}
+    plan = model.training_plan
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = AutoLoraTrainingArguments(
+            output_dir=folder,
+            threat_norm=model.threat_model.norm,
+            eps=model.threat_model.eps,
+            num_train_epochs=args.repair_epochs,
+            # A fifth of what an adapter starts with when it is trained from nothing; see docs/extraction.md.
+            learning_rate=1e-3,
+            seed=args.seed,
+            **columns,
+        )
+        trainer = AutoLoraTrainer(model, arguments, train_dataset=train)
+        test = None if test is None else trainer.prepare_test_data(test)
+        trainer.train()
+    model.training_plan = {**plan, **{f"repair_{key}": value for key, value in trainer.plan.items()}}
     model.eval()
     return test
 

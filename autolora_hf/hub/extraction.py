@@ -12,41 +12,33 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import os
 import re
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import backbones, targets
+from .. import targets
 from ..attacks import PGD
 from ..attacks.pgd import forget_cached
 from ..config import AutoLoraConfig
-from ..data import PixelDataset, as_pixel_dataset, collate, same_data, stratified_subset
+from ..data import same_data
 from ..digests import backbone_digest
 from ..evaluation import RobustnessReport, evaluate_robustness
 from ..evaluation.report import Accuracy
 from ..factory import get_autolora_model
-from ..files import write_json
-from ..frozen import FrozenRoute
-from ..layers import factor, weight_name
-from ..layout import base_tensors
+from ..layers import factor
 from ..modeling import AutoLoraModel
 from ..pixels import Normalize
 from ..routes import ROBUST
+from .norm_statistics import adversarial_examples, checked_training_data, follow_robust_norms, set_statistics
+from .weight_change import WeightChange, fixed_random_state
 
 
 logger = logging.getLogger(__name__)
 
-RECORD = "extraction.json"
-# Layers that stock PEFT lacks are left out if the others explain at least this share of what all would explain.
-_STOCK_SHARE = 0.95
 # A relative change of a tensor that no adapter carries is worth a warning from here on.
 _NEGLIGIBLE = 0.01
 
@@ -121,8 +113,9 @@ class Extraction:
         return report
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the weights, as JSON takes it."""
+        """Everything but the weights, as JSON takes it; part of `model.training_plan`, so that it is saved."""
         return {
+            "summary": str(self),
             "values": self.values,
             "full_values": self.full_values,
             "size": self.size,
@@ -133,11 +126,6 @@ class Extraction:
             "calibration_images": self.calibration_images,
             "points": [point.to_dict() for point in self.points],
         }
-
-    def save_pretrained(self, directory: str | os.PathLike) -> None:
-        """Writes the adapter as [`AutoLoraModel.save_pretrained`] does, and [`to_dict`] as `extraction.json`."""
-        self.model.save_pretrained(directory)
-        write_json(self.to_dict(), Path(directory) / RECORD)
 
     def __str__(self) -> str:
         return (
@@ -187,9 +175,13 @@ def extract_adapter(
         _check_share("size", size)
     elif isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"`rank` must be an integer of at least 1, got {rank!r}.")
-    change = _WeightChange(model, base_model)
-    images = None if calibration is None else _adversarial(model, _checked(calibration, model, "calibration"))
-    return _extract(change, size, rank, images, stock_peft)
+    change = WeightChange(model, base_model)
+    images = (
+        None
+        if calibration is None
+        else adversarial_examples(model, checked_training_data(calibration, model, "calibration"))
+    )
+    return _remembered(_extract(change, size, rank, images, stock_peft), model)
 
 
 def extract_for_accuracy(
@@ -227,14 +219,14 @@ def extract_for_accuracy(
     """
     for name, share in (("keep", keep), ("max_size", max_size), ("precision", precision)):
         _check_share(name, share)
-    change = _WeightChange(model, base_model)
-    validation = _checked(validation, model, "validation")
+    change = WeightChange(model, base_model)
+    validation = checked_training_data(validation, model, "validation")
     images = None
     if calibration is not None:
-        calibration = _checked(calibration, model, "calibration")
+        calibration = checked_training_data(calibration, model, "calibration")
         if same_data(calibration, validation):
             raise ValueError("`calibration` shares images with `validation`, whose accuracy would then be too good.")
-        images = _adversarial(model, calibration)
+        images = adversarial_examples(model, calibration)
     threat_model = model.threat_model
     attack = attack or PGD(threat_model, steps=20)
 
@@ -279,276 +271,22 @@ def extract_for_accuracy(
         else:
             low = middle
     best.points = sorted(points, key=lambda point: point.values)
-    return best
+    return _remembered(best, model)
 
 
-def recalibrate(model: AutoLoraModel, data: Any, *, attack: PGD | None = None) -> int:
-    """Estimates running statistics of the robust route anew, in place, on adversarial examples of training images.
-
-    A cut weight change shifts what the norms see. Nothing is trained: every norm gets the mean over batches of its
-    own batch statistics, with the norms before it normalising by those of the batch. (On clean images the statistics
-    would be those of another distribution than the one under attack, and robust accuracy falls.)
-
-    Args:
-        model (`AutoLoraModel`): Of either mode. A model without running statistics stays as it is.
-        data: Labelled training images, as [`as_pixel_dataset`] takes them; of more than 1,000 a subset with equal
-            shares of the classes is used.
-        attack (`PGD`, *optional*): `None`: PGD with 10 steps under the model's threat model.
-
-    Returns:
-        Number of images used; 0 if there are no running statistics.
-    """
-    images = _adversarial(model, _checked(data, model, "data"), attack)
-    return _set_statistics(model, images)
-
-
-# ---- the change of the weights ----
-
-
-@dataclass(frozen=True)
-class _LayerChange:
-    """Singular triples of the change of one layer's weight, `left @ diag(sigma) @ right`, in float64."""
-
-    left: Tensor
-    sigma: Tensor
-    right: Tensor
-    squared_norm: float
-    stock: bool
-
-    @property
-    def cost(self) -> int:
-        """Stored values of one rank."""
-        return self.left.shape[0] + self.right.shape[1]
-
-
-class _WeightChange:
-    """What training changed, and which part of it an adapter can carry.
-
-    Args:
-        model (`AutoLoraModel`): Mode `full`.
-        base_model (`nn.Module`, `str` or `None`): See [`extract_adapter`].
-    """
-
-    def __init__(self, model: AutoLoraModel, base_model: nn.Module | str | None) -> None:
-        if not isinstance(model, AutoLoraModel):
-            raise TypeError(f"`model` must be an AutoLoraModel, got {type(model).__name__}.")
-        if model.autolora_config.mode != "full":
-            raise ValueError(
-                "The model is of mode 'adapter', so what it saves is an adapter already. Extraction makes one of a "
-                "model of mode 'full'."
-            )
-        self.model = model
-        with model.route(ROBUST):
-            self.robust = {key: tensor.detach().clone() for key, tensor in base_tensors(model).items()}
-        self.full_values = sum(tensor.numel() for tensor in self.robust.values())
-        self.base, self.name = _load_base(model, base_model)
-        self._check_base()
-        record = model.backbone
-        digest = backbone_digest(self.base.state_dict(), model.autolora_config.heads, record)
-        if digest != record["weights_sha256"]:
-            # Not wrong: the adapter then carries the difference to this base. But it has more to carry.
-            logger.warning(
-                "The base model has other weights than the one that training started from (their SHA-256 differ). The "
-                "adapter will belong to this base model."
-            )
-            if isinstance(base_model, nn.Module):
-                self.name = None
-        self.base.to(next(model.parameters()).device).eval()
-        self.old = {key: tensor.detach() for key, tensor in self.base.state_dict().items()}
-        self.modules = dict(self.base.named_modules())
-        self._find_layers()
-
-    def _check_base(self) -> None:
-        state = self.base.state_dict()
-        classes = backbones.num_classes_of(self.base)
-        if classes != self.model.num_classes:
-            raise ValueError(
-                f"The model has {self.model.num_classes} classes but the base model has {classes}. Create the base "
-                f"model with {self.model.num_classes} classes; its head does not matter."
-            )
-        wrong = sorted(state.keys() ^ self.robust.keys())
-        wrong += [key for key, tensor in self.robust.items() if key in state and state[key].shape != tensor.shape]
-        if wrong:
-            raise ValueError(
-                f"The base model is of another architecture than the {self.model.backbone['architecture']} that was "
-                f"trained: {len(wrong)} tensors differ in name or shape, the first is {wrong[0]!r}."
-            )
-        kinds = {tensor.dtype for tensor in self.robust.values()} ^ {tensor.dtype for tensor in state.values()}
-        if kinds:
-            raise ValueError(f"The model and the base model differ in precision ({', '.join(map(str, kinds))}).")
-
-    def _find_layers(self) -> None:
-        """Sorts everything that changed into branches, modules carried whole, and what is left out."""
-        reference = next(self.base.parameters())
-        size = self.model.preprocessing.image_size
-        example = torch.zeros(1, 3, *size, device=reference.device, dtype=reference.dtype)
-        uses = targets.watch_layers(self.base, example)
-        self.heads = list(self.model.autolora_config.heads)
-        in_blocks = targets.resolve_targets(self.base, self.heads, uses)
-        # Hidden layers of the classifier are made afresh with the head, so that there is no change to speak of.
-        self.heads = [*targets.hidden_head_layers(self.base, self.heads, in_blocks), *self.heads]
-        norms = list(targets.statistics_norms(self.base))
-        changed = {key for key in self.robust if not torch.equal(self.robust[key], self.old[key])}
-        candidates = [name for name, use in uses.items() if use.any and name not in self.heads]
-        self.whole = self._carried_whole(changed, {*self.heads, *norms}, candidates)
-        self.layers: dict[str, _LayerChange] = {}
-        carried = {f"{n}.{key}" for n in (*self.heads, *norms, *self.whole) for key in self.modules[n].state_dict()}
-        for name in candidates:
-            key = f"{name}.{weight_name(self.modules[name])}"
-            if key in changed:
-                stock = targets.in_stock_peft(self.modules[name], uses[name])
-                self.layers[name] = _decompose(self.old[key], self.robust[key], stock)
-                carried.add(key)
-        if not self.layers:
-            raise ValueError(
-                "No layer that could carry a branch differs between the model and the base model: training changed "
-                "nothing there, or the base model is the trained one."
-            )
-        self.fixed = sum(
-            tensor.numel()
-            for name in (*self.heads, *norms, *self.whole)
-            for tensor in self.modules[name].state_dict().values()
-        )
-        left_out = {key: _relative_change(self.old[key], self.robust[key]) for key in changed - carried}
-        self.left_out = dict(sorted(left_out.items(), key=lambda item: (-item[1], item[0])))
-
-    def _carried_whole(self, changed: set[str], saved: set[str], candidates: list[str]) -> list[str]:
-        """Layers without matrices that changed, such as LayerNorms, besides `saved`, which are carried anyway."""
-        vectors = {
-            name
-            for name, module in self.modules.items()
-            if _only_vectors(module) and name not in {*saved, *candidates}
-        }
-        whole: set[str] = set()
-        for name in vectors:
-            if changed & {f"{name}.{key}" for key in self.modules[name].state_dict()}:
-                # `modules_to_save` matches the ends of names: what else ends like this one comes along, if it can.
-                alike = {other for other in self.modules if f".{other}".endswith(f".{name}")} - saved
-                if alike <= vectors:
-                    whole |= alike
-        return [name for name in self.modules if name in whole]
-
-    def smallest_size(self, stock_peft: bool | None) -> float:
-        """Smallest share of the full model's values with which [`extract_adapter`] succeeds: head, norms, one rank."""
-        usable = self._usable(True) or self._usable(False) if stock_peft is None else self._usable(stock_peft)
-        return (self.fixed + min(layer.cost for layer in usable.values())) / self.full_values
-
-    def _usable(self, stock_only: bool) -> dict[str, _LayerChange]:
-        return {name: layer for name, layer in self.layers.items() if layer.stock or not stock_only}
-
-    def explained(self, ranks: dict[str, int]) -> dict[str, float]:
-        """Squared norm of the change that branches of these ranks carry, by layer."""
-        return {name: float(self.layers[name].sigma[:rank].square().sum()) for name, rank in ranks.items()}
-
-    def choose(self, size: float | None, rank: int | None, stock_peft: bool | None) -> dict[str, int]:
-        """Ranks by layer, without those of rank 0."""
-        choices = {}
-        for stock_only in (True, False) if stock_peft is None else (stock_peft,):
-            layers = self._usable(stock_only)
-            if not layers:
-                if stock_peft:
-                    raise ValueError(
-                        "`stock_peft=True`, but stock PEFT has an exact LoRA layer for none that changed."
-                    )
-                continue
-            if rank is not None:
-                choices[stock_only] = {name: min(rank, len(layer.sigma)) for name, layer in layers.items()}
-            else:
-                choices[stock_only] = _greedy(layers, math.floor(size * self.full_values + 1e-6) - self.fixed)
-        gains = {key: sum(self.explained(ranks).values()) for key, ranks in choices.items()}
-        if not any(choices.values()):
-            smallest = self.smallest_size(stock_peft)
-            raise ValueError(
-                f"`size={size:g}` is too small: head and norms alone have {self.fixed:,} of the full model's "
-                f"{self.full_values:,} values. The smallest size with one branch is {math.ceil(smallest * 1e5) / 1e5}."
-            )
-        stock_only = max(choices) if len(choices) == 1 else gains[True] >= _STOCK_SHARE * gains[False]
-        if stock_peft is None and not stock_only:
-            logger.warning(
-                "Layers for which stock PEFT has no exact LoRA layer get branches too, since without them the adapter "
-                "would carry %.0f %% less of the weight change; it loads with this package only. `stock_peft=True` "
-                "leaves them out.",
-                100 * (1 - gains.get(True, 0) / gains[False]),
-            )
-        return choices[stock_only]
-
-
-def _load_base(model: AutoLoraModel, base_model: nn.Module | str | None) -> tuple[nn.Module, str | None]:
-    """A private copy of the base, and the name by which it can be found."""
-    record = model.backbone
-    if isinstance(base_model, nn.Module):
-        return copy.deepcopy(base_model), record["name_or_path"]
-    name = base_model or record["name_or_path"]
-    if name is None:
-        raise ValueError(
-            f"The model was trained from a {record['architecture']} that was created in memory, so its weights cannot "
-            "be found by name: pass it, as it was before training, as `base_model=`."
-        )
-    with _fixed_random_state():  # a head of another size starts at random
-        base = backbones.load_backbone(
-            name,
-            model.num_classes,
-            image_size=record.get("image_size"),
-            library=record["library"],
-            revision=record["revision"] if name == record["name_or_path"] else None,
-        )
-    return base, name
-
-
-def _only_vectors(module: nn.Module) -> bool:
-    """A layer such as a norm or a layer scale: nothing inside, and no parameter that a low rank could shorten."""
-    parameters = list(module.parameters())
-    return not list(module.children()) and bool(parameters) and all(parameter.ndim <= 1 for parameter in parameters)
-
-
-def _relative_change(old: Tensor, new: Tensor) -> float:
-    old, new = old.double(), new.double()
-    # Not by the old one alone: biases often start at zero.
-    return float((new - old).norm() / max(old.norm(), new.norm(), torch.finfo(torch.float64).tiny))
-
-
-def _decompose(old: Tensor, new: Tensor, stock: bool) -> _LayerChange:
-    """Singular triples of `new - old` as a matrix of `c_out` rows, without those that are zero up to rounding."""
-    difference = (new.double() - old.double()).flatten(1)
-    if not difference.isfinite().all():
-        raise ValueError("The weights of the model or of the base model are not finite.")
-    left, sigma, right = torch.linalg.svd(difference, full_matrices=False)
-    # A triple is defined up to a sign, which differs between linear algebra libraries: the largest entry is positive.
-    signs = left.gather(0, left.abs().argmax(0, keepdim=True)).sign()
-    count = max(1, int((sigma > max(difference.shape) * torch.finfo(torch.float64).eps * sigma[0]).sum()))
-    left, right = left * signs, right * signs.T
-    return _LayerChange(left[:, :count], sigma[:count], right[:count], float(difference.square().sum()), stock)
-
-
-def _greedy(layers: dict[str, _LayerChange], budget: int) -> dict[str, int]:
-    """Ranks of which no budget allows more squared norm an extra value, triple by triple; without those of rank 0.
-
-    A triple that does not fit is passed over, for smaller ones that do. A larger budget never explains less: where it
-    first differs it takes a triple that did not fit, which outweighs all that fitted into less room at a lower rate.
-    """
-    order = sorted(
-        (-(float(sigma) ** 2) / layer.cost, position, index, name)
-        for position, (name, layer) in enumerate(layers.items())
-        for index, sigma in enumerate(layer.sigma)
-    )
-    ranks: Counter[str] = Counter()
-    for _, _, index, name in order:
-        if layers[name].cost <= budget and ranks[name] == index:
-            ranks[name] += 1
-            budget -= layers[name].cost
-    return {name: ranks[name] for name in layers if ranks[name]}
-
-
-# ---- the adapter ----
+def _remembered(extraction: Extraction, source: AutoLoraModel) -> Extraction:
+    """The extraction, written down in the training plan of its model, after how the full model was trained."""
+    extraction.model.training_plan = {**(source.training_plan or {}), "extraction": extraction.to_dict()}
+    return extraction
 
 
 def _extract(
-    change: _WeightChange, size: float | None, rank: int | None, images: Tensor | None, stock_peft: bool | None
+    change: WeightChange, size: float | None, rank: int | None, images: Tensor | None, stock_peft: bool | None
 ) -> Extraction:
     ranks = change.choose(size, rank, stock_peft)
     gains = change.explained(ranks)
     model = _build(change, ranks)
-    used = 0 if images is None else _set_statistics(model, images)
+    used = 0 if images is None else set_statistics(model, images)
     heavy = {key: share for key, share in change.left_out.items() if share > _NEGLIGIBLE}
     if heavy:
         shown = ", ".join(f"{key} ({share:.1%})" for key, share in list(heavy.items())[:5])
@@ -570,7 +308,7 @@ def _extract(
     )
 
 
-def _build(change: _WeightChange, ranks: dict[str, int]) -> AutoLoraModel:
+def _build(change: WeightChange, ranks: dict[str, int]) -> AutoLoraModel:
     source = change.model
     usual = Counter(ranks.values()).most_common(1)[0][0]
     pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != usual}
@@ -589,7 +327,7 @@ def _build(change: _WeightChange, ranks: dict[str, int]) -> AutoLoraModel:
         **options,
     )
     base = copy.deepcopy(change.base)
-    with _fixed_random_state(next(base.parameters()).device):  # the natural branch starts at random
+    with fixed_random_state(next(base.parameters()).device):  # the natural branch starts at random
         model = get_autolora_model(
             base,
             config,
@@ -612,7 +350,7 @@ def _build(change: _WeightChange, ranks: dict[str, int]) -> AutoLoraModel:
                 target.copy_(value.reshape(target.shape))
         for name, module in model._saved_modules().items():
             module.load_state_dict({key: change.robust[f"{name}.{key}"] for key in module.state_dict()})
-    _follow_robust_norms(model)
+    follow_robust_norms(model)
     forget_cached(model)
     return model.eval()
 
@@ -623,83 +361,6 @@ def _stored_values(model: AutoLoraModel) -> int:
     return sum(tensor.numel() for tensor in [*factors, *saved])
 
 
-def _follow_robust_norms(model: AutoLoraModel) -> None:
-    """With `norm="dual"` the natural set starts as the robust one."""
-    saved = model._saved_modules()
-    for name, norm in model.natural_norms.items():
-        norm.load_state_dict(saved[name.replace("/", ".")].state_dict())
-
-
-# ---- running statistics ----
-
-
-def _adversarial(
-    model: AutoLoraModel, data: PixelDataset, attack: PGD | None = None, *, most: int = 1000, batch_size: int = 125
-) -> Tensor:
-    """Adversarial examples of the robust route, N x 3 x H x W, shuffled, of at most `most` images."""
-    chosen = stratified_subset(data.labels, min(most, len(data)), seed=0)
-    order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))
-    device = next(model.parameters()).device
-    attack, target = attack or PGD(model.threat_model), FrozenRoute(model, ROBUST)
-    found = []
-    for part in order.split(batch_size):
-        batch = collate([data[chosen[index]] for index in part.tolist()])
-        found.append(attack(target, batch["pixel_values"].to(device), batch["labels"].to(device)))
-    return torch.cat(found)
-
-
-@torch.no_grad()
-def _set_statistics(model: AutoLoraModel, pixels: Tensor, batch_size: int = 125) -> int:
-    norms = [
-        module
-        for name, module in targets.statistics_norms(model.get_base_model()).items()
-        if not name.endswith(".original_module") and hasattr(module, "momentum")
-    ]
-    if not norms:
-        return 0
-    before = [(norm.momentum, norm.training) for norm in norms]
-    view = model.pixel_space(ROBUST)
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        for norm in norms:
-            norm.training = True
-        # Equal parts, since each counts the same.
-        for count, batch in enumerate(pixels.chunk(math.ceil(len(pixels) / batch_size)), start=1):
-            for norm in norms:
-                norm.momentum = 1 / count
-            view(batch)
-    finally:
-        for module, training in modes:
-            module.training = training
-        for norm, (momentum, training) in zip(norms, before, strict=True):
-            norm.momentum, norm.training = momentum, training
-    if model.autolora_config.mode == "adapter":
-        _follow_robust_norms(model)
-    forget_cached(model)
-    return len(pixels)
-
-
-# ---- checks ----
-
-
 def _check_share(name: str, share: Any) -> None:
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
         raise ValueError(f"`{name}` is a share and must be between 0 and 1, got {share!r}.")
-
-
-def _checked(data: Any, model: AutoLoraModel, name: str) -> PixelDataset:
-    split = str(getattr(data, "split", None) or "")
-    if split.split("[")[0].split("+")[0] == "test":
-        raise ValueError(
-            f"`{name}` is the 'test' split. It would shape the adapter, so the reported test accuracy would be too "
-            "good. Pass images that were held out of the training set, and give the test split to `measure`."
-        )
-    return data if isinstance(data, PixelDataset) else as_pixel_dataset(data, model.preprocessing, name=name)
-
-
-@contextmanager
-def _fixed_random_state(device: torch.device | None = None) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
-        torch.manual_seed(0)
-        yield

@@ -168,6 +168,8 @@ class AutoLoraTrainer(PublishingTrainer):
             "training_images": len(train),
             "validation_images": len(validation),
             "validation_held_out_of_training": held_out,
+            "validation_fraction": args.validation_fraction if held_out else None,
+            "seed": args.seed,
             "batch_size": batch,
             "steps_per_epoch": steps,
             "epochs": epochs,
