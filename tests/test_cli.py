@@ -7,11 +7,13 @@ import sys
 import numpy as np
 import pytest
 import timm
+import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 from timm.models import save_for_hf
 
-from autolora_hf.cli import main
+from autolora_hf import AutoLoraConfig, Preprocessing, ThreatModel, get_autolora_model, load_autolora_model
+from autolora_hf.cli import COMMANDS, main
 
 
 @pytest.fixture(scope="module")
@@ -35,17 +37,19 @@ def test_help_is_quick_and_lists_the_commands():
     done = subprocess.run([sys.executable, "-X", "importtime", "-m", "autolora_hf", "--help"], capture_output=True)
     text = done.stdout.decode()
     assert done.returncode == 0
-    assert all(command in text for command in ("quickstart", "train", "evaluate"))
+    assert all(command in text for command in COMMANDS)
     assert b"| torch\n" not in done.stderr  # importing torch takes seconds
 
 
-@pytest.mark.parametrize("command", ["quickstart", "train", "evaluate"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_command_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert "--eps" in text and "usage: autolora" in text
+    assert f"usage: autolora {command}" in text
+    option = {"push": "--private", "verify": "--samples", "release": "--keep", "export": "--format"}
+    assert option.get(command, "--eps") in text
 
 
 def test_unknown_command_is_wrong_usage(capsys):
@@ -114,3 +118,113 @@ def test_evaluate_refuses_other_classes(workplace, monkeypatch, capsys):
         Image.new("RGB", (32, 32)).save(workplace / "others" / name / "0.png")
     assert main(["evaluate", "full", "--data", "others", "--attack", "pgd"]) == 1
     assert "other classes than the model was trained on" in capsys.readouterr().err
+
+
+# ---- releases ----
+
+
+@pytest.fixture(scope="module")
+def full(workplace):
+    """A model of mode `full`, trained a little by hand: its weights are the backbone's and a change of low rank."""
+    preprocessing = Preprocessing((32, 32), crop_pct=1.0)
+    model = get_autolora_model(
+        str(workplace / "backbone"),
+        AutoLoraConfig(mode="full"),
+        num_classes=3,
+        preprocessing=preprocessing,
+        label_names=["blue", "green", "red"],
+        threat_model=ThreatModel("linf", 2 / 255),
+    )
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for layer in model.lora_layers().values():
+            weight = layer.get_base_layer().weight
+            rows = torch.randn(len(weight), 1, generator=generator) @ torch.randn(
+                1, weight[0].numel(), generator=generator
+            )
+            weight += 0.05 * rows.view_as(weight) / weight[0].numel() ** 0.5
+    model.save_pretrained(workplace / "full-model")
+    return workplace / "full-model"
+
+
+def test_release_of_an_extracted_adapter(workplace, full, monkeypatch, capsys):
+    monkeypatch.chdir(workplace)
+    options = (
+        "--adapter-size 0.4 --data images/test --samples 6 --train-data images/train --license mit --name org/small"
+    )
+    assert (
+        main(["release", "full-model", "small", *options.split(), "--dataset-name", "colours", "--token", "secret"])
+        == 0
+    )
+    printed = capsys.readouterr().out
+    assert "of the squared weight change" in printed and "autolora push small org/small" in printed
+    adapter = load_autolora_model("small", base_model="backbone")
+    assert adapter.autolora_config.mode == "adapter"
+    assert adapter.training_plan["extraction"]["size"] <= 0.4
+    (result,) = adapter.results
+    assert result["protocol"].startswith("autoattack") and len(result["sample_indices"]) == 6
+    card = ModelCard.load("small/README.md")
+    assert card.data.license == "mit" and "colours" in card.text and "secret" not in card.content
+    assert (workplace / "small" / "adversarial_examples.png").stat().st_size > 5000
+    assert not list((workplace / "small").rglob("checkpoint-*"))
+
+    # The figures can be verified, and a tampered card cannot.
+    verify = ["verify", "small", "--data", "images/test", "--base-model", "backbone"]
+    assert main(verify) == 0
+    assert "Every figure holds" in capsys.readouterr().out
+    value = f"value: {card.data.eval_results[0].metric_value}"
+    text = (workplace / "small" / "README.md").read_text()
+    assert value in text
+    (workplace / "small" / "README.md").write_text(text.replace(value, "value: 0.99", 1))
+    assert main(verify) == 1
+    assert "NOT VERIFIED" in capsys.readouterr().out
+
+
+def test_release_trains_an_adapter_on(workplace, full, monkeypatch, capsys):
+    monkeypatch.chdir(workplace)
+    options = "--adapter-size 0.4 --train-data images/train --repair-epochs 1"
+    assert main(["release", "full-model", "repaired", *options.split()]) == 0
+    plan = load_autolora_model("repaired", base_model="backbone").training_plan
+    assert plan["repair_epochs"] == 1 and plan["extraction"]["size"] <= 0.4
+    files = {path.name for path in (workplace / "repaired").iterdir()}
+    assert files == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "autolora_config.json",
+        "natural",
+    }
+
+
+def test_release_as_it_is(workplace, full, monkeypatch):
+    monkeypatch.chdir(workplace)
+    assert main(["release", "full-model", "as-it-is"]) == 0
+    assert "makes no claim" in (workplace / "as-it-is" / "README.md").read_text()
+    assert load_autolora_model("as-it-is").autolora_config.mode == "full"
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "message"),
+    [
+        (["--keep", "0.9"], 2, "need --train-data"),
+        (["--repair-epochs", "1"], 2, "give --adapter-size or --keep too"),
+        (["--adapter-size", "0.1", "--keep", "0.9"], 2, "not allowed with argument"),
+        (["--adapter-size", "7"], 1, "between 0 and 1"),
+        (["--data", "images"], 1, "are splits and not classes"),
+    ],
+)
+def test_release_refuses(workplace, full, monkeypatch, capsys, options, status, message):
+    monkeypatch.chdir(workplace)
+    try:
+        found = main(["release", "full-model", "refused", *options])
+    except SystemExit as stop:
+        found = stop.code
+    assert found == status and message in capsys.readouterr().err
+    assert not (workplace / "refused").exists()
+
+
+def test_push_refuses_before_it_asks_the_hub(workplace, full, monkeypatch, capsys):
+    monkeypatch.chdir(workplace)
+    for folder, message in (("nowhere", "There is no folder 'nowhere'"), ("images", "was not saved by autolora_hf")):
+        assert main(["push", folder, "org/name"]) == 1
+        assert message in capsys.readouterr().err
