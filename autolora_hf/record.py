@@ -146,8 +146,8 @@ class Record:
         return record
 
     @classmethod
-    def read(cls, directory: Path) -> Record:
-        """The record of a saved model.
+    def read(cls, directory: Path, name: str | None = None) -> Record:
+        """The record of a saved model; `name` is what messages call it instead of the folder.
 
         Raises:
             FileNotFoundError: If the folder holds none.
@@ -155,12 +155,12 @@ class Record:
         """
         path = inside(directory, RECORD)
         if not path.is_file():
-            kind = (
-                " It holds a plain PEFT adapter: use `PeftModel.from_pretrained`."
-                if (directory / "adapter_config.json").is_file()
-                else ""
-            )
-            raise FileNotFoundError(f"{directory} has no {RECORD}, so it was not saved by autolora_hf.{kind}")
+            kind = ""
+            if (directory / "adapter_config.json").is_file():
+                kind = " It holds a plain PEFT adapter: use `PeftModel.from_pretrained`."
+            elif (directory / "config.json").is_file():
+                kind = " It holds a plain checkpoint: `get_autolora_model` makes a model of it that can be trained."
+            raise FileNotFoundError(f"{name or directory} has no {RECORD}, so it was not saved by autolora_hf.{kind}")
         try:
             return cls.from_dict(read_json(path, _LARGEST_FILE))
         except ValueError as error:

@@ -243,8 +243,8 @@ def fetch(name_or_path: str | os.PathLike, **options: Any) -> tuple[Path, Record
         name = str(name_or_path)
         if not is_repository_name(name):
             raise FileNotFoundError(f"{name} is neither a folder nor a Hub repository name 'org/name'.")
-        path = download(name, [RECORD, ADAPTER_CONFIG], **options)
-        record = Record.read(path)
+        path = download(name, [RECORD, ADAPTER_CONFIG, BASE_CONFIG], **options)
+        record = Record.read(path, name)
         pinned = {**options, "revision": commit_of(path) or options.get("revision")}
         path = download(name, [RECORD, *FILES[record.mode]], **pinned)
     record = Record.read(path)
