@@ -20,10 +20,13 @@ from autolora_hf.hub import export as export_module
 from autolora_hf.hub.export import export_onnx
 
 
-pytestmark = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),
-    reason='needs `pip install "autolora-hf[onnx]"`',
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),
+        reason='needs `pip install "autolora-hf[onnx]"`',
+    ),
+]
 
 # The quickest one to export.
 QUICK = "hf_resnet"

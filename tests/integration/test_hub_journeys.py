@@ -15,6 +15,9 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
 
+pytestmark = pytest.mark.slow
+
+
 # Model, mode, layout, norm: the name of the repository of each.
 CASES = [
     "timm_resnet-full-released-shared",

@@ -11,6 +11,9 @@ import pytest
 from hub_server import Hub, hub, hub_process
 
 
+pytestmark = pytest.mark.slow
+
+
 # Before every piece of client code: a probe gives the name of the exception, or the value.
 CLIENT = """
 import hashlib, json, os, sys, time, warnings
