@@ -793,7 +793,7 @@ def test_training_publishes_every_checkpoint_and_the_end(trained):
     commits = titles(world.store, "alice/every")
     assert commits[0] == "End of training" and commits[-1] == "initial commit"
     assert commits[1].startswith("Training in progress, epoch")
-    assert set(world.store.files("alice/every")) == RELEASE - {".gitattributes"} | {"training_args.json"}
+    assert set(world.store.files("alice/every")) == RELEASE - {".gitattributes"}
     assert not any(b"hf_alice" in content for content in world.store.files("alice/every").values())
     assert answer["loaded"] and answer["protocol"].startswith("autoattack")
 
@@ -825,7 +825,7 @@ def test_training_goes_on_from_a_checkpoint_on_the_hub(trained):
 def test_training_publishes_at_the_end_only(trained):
     world, answer = trained
     assert answer["end, trained"] == [".gitattributes"]
-    own = {"adapter_config.json", "adapter_model.safetensors", "training_args.json"}
+    own = {"adapter_config.json", "adapter_model.safetensors"}
     assert set(answer["end, saved"]) == RELEASE - {"config.json", "model.safetensors"} | own
     assert titles(world.store, "alice/end", "dev")[0] == "Model save"
     files = world.store.files("alice/afterwards")
