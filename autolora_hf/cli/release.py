@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..data import PixelDataset, as_pixel_dataset, check_class_names, stratified_split, stratified_subset
+from ..data import PixelDataset, as_pixel_dataset, check_class_names, same_data, stratified_split, stratified_subset
 from ..evaluation import evaluate_robustness
 from ..evaluation.examples import draw_examples
 from ..hub.extraction import Extraction, extract_adapter, extract_for_accuracy
@@ -87,6 +87,12 @@ def run(argv: list[str]) -> None:
     if validation is not None:
         validation = as_pixel_dataset(validation, model.preprocessing, name="validation data", **columns)
         check_class_names(model.label_names, validation.class_names, "validation data")
+    for name, seen in (("training", train), ("validation", validation)):
+        if test is not None and seen is not None and same_data(test, seen):
+            raise ValueError(
+                f"--data shares images with the {name} data: robust accuracy on them says nothing about new images. "
+                "Give test data that were not used in training."
+            )
     if extracting:
         extraction = _extract(model, train, validation, args)
         print(extraction)
@@ -113,6 +119,7 @@ def run(argv: list[str]) -> None:
         dataset=args.dataset_name,
         license=args.license,
         figures=figures,
+        separate=train is not None,
         command=f"autolora release {shlex.join(_without_token(argv))}",
     )
     print(f"\nReleased in {folder}/. Publish it with: autolora push {folder} {args.name or 'ORG/NAME'}")

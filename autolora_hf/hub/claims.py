@@ -11,10 +11,11 @@ from typing import Any
 import yaml
 
 from ..attacks import PGD
-from ..checks import shown
+from ..checks import printable, shown
 from ..config import ThreatModel
 from ..evaluation import Accuracy, RobustnessReport
 from ..record import Record
+from .model_card import rows_of_results
 
 
 # Metadata round figures; more than that is another figure.
@@ -173,8 +174,8 @@ def _listed(entry: Any, name: str) -> list[Any]:
 def card_problems(text: str, reports: Sequence[RobustnessReport]) -> list[str]:
     """Which figures of a model card are not those of its record.
 
-    Compared are the metrics in the metadata, and the rows "this model" of the table of measurements. The prose is
-    not.
+    Compared are the metrics in the metadata, the rows "this model" of the table of measurements, and the threat model.
+    Prose, pictures, names of data sets and rows about other models are not.
 
     Args:
         text (`str`): The card.
@@ -185,6 +186,9 @@ def card_problems(text: str, reports: Sequence[RobustnessReport]) -> list[str]:
     except ValueError as error:
         return [str(error)]
     problems = [_metric_problem(metric, reports) for metric in metrics]
+    named = re.findall(r"^- \*\*Threat model\*\*: (.+?)(?:, in units|$)", text, re.MULTILINE)
+    known = {str(report.threat_model) for report in reports}
+    problems += [f"it names the threat model {printable(name)}" for name in named if name not in known]
     return [problem for problem in (*problems, *_row_problems(text, reports)) if problem]
 
 
@@ -248,12 +252,32 @@ def _same(value: Any, known: Any, tolerance: float = 1e-9) -> bool:
     return known - tolerance <= value <= known + tolerance
 
 
+def _bare(cell: str) -> str:
+    """A cell without Markdown's emphasis, in small letters."""
+    return re.sub(r"[\\*_`~]", "", cell).lower()
+
+
 def _row_problems(text: str, reports: Sequence[RobustnessReport]) -> list[str]:
     """Rows about this model in the card's table that show other figures than any report."""
+    rows = [
+        line for line in text.splitlines() if re.match(r" *\|", line) and "this model" in _bare(line.split("|")[1])
+    ]
+    if "\n## What was measured\n" in text:  # a card of this package, whose rows are known
+        expected = rows_of_results(reports)
+        missing = [f"its table lacks the row {printable(row)}" for row in expected if row not in rows]
+        return missing + [
+            f"its table says {printable(row)}, which no result of the record has"
+            for row in rows
+            if row not in expected
+        ]
     number = r"(\d{1,3}(?:\.\d{1,6})?) ?\[[\d., ]*\]"
-    rows = re.findall(rf"^\| this model[^|\n]*\| {number} \| {number} \|", text, re.MULTILINE)
     problems = []
-    for row in rows:
+    for line in rows:
+        found = re.match(rf"\| this model[^|]*\| {number} \| {number} \|", line)
+        if found is None:
+            problems.append(f"its table has a row about this model that cannot be read: {printable(line)}")
+            continue
+        row = found.groups()
         matches = any(
             all(
                 abs(float(shown) - 100 * accuracy.value) <= 0.5 * 10 ** -len(shown.partition(".")[2]) + 1e-9

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
 from ..download import is_repository_name
-from ..evaluation import RobustnessReport
+from ..evaluation import Accuracy, RobustnessReport
 from ..files import write_atomically
 from ..layout import base_tensors, deployed_tensors, loads_with_stock_peft
 from ..modeling import AutoLoraModel
@@ -37,6 +38,7 @@ def write_model_card(
     figures: Mapping[str, str] | None = None,
     license: str | None = None,
     tags: list[str] | None = None,
+    separate: bool = False,
     datasets: list[str] | None = None,
 ) -> Path:
     """Writes `README.md` into `folder`: Hub metadata, what was measured and on how many images, and how to load it.
@@ -55,15 +57,14 @@ def write_model_card(
         figures (`Mapping[str, str]`, *optional*): Picture files in `folder`, by caption.
         license (`str`, *optional*): Hub licence identifier. `None`: left open, since it depends on backbone and data.
         tags (`list[str]`, *optional*): Further tags.
+        separate (`bool`): Whether it was checked that the measured images took no part in training or in the choice of
+            the weights. The card says so, or that it was not checked.
         datasets (`list[str]`, *optional*): Datasets on the Hub, besides those that model and results name.
     """
     folder = Path(folder)
     results = reports_of(model)
     dataset = dataset or next((report.dataset.get("name") for report in results), None)
     name = name or folder.resolve().name
-    titles = [
-        f"this model, measurement {number}" if number > 1 else "this model" for number in range(1, len(results) + 1)
-    ]
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
     environment.filters["inline"] = inline
     body = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
@@ -79,12 +80,14 @@ def write_model_card(
         parameters=_backbone_parameters(model),
         adapter_parameters=_adapter_parameters(model),
         stock_peft=loads_with_stock_peft(model),
-        reports=dict(zip(titles, results, strict=True)) | dict(comparisons or {}),
+        rows=[*rows_of_results(results), *(measurement_row(*item) for item in (comparisons or {}).items())],
         own=results,
         publishable=any(report.publishable for report in results),
         plan=model.training_plan or {},
         training_note=training_note,
-        command=command,
+        command=None if command is None else without_paths(command),
+        separate=separate,
+        extraction=(model.training_plan or {}).get("extraction"),
         figures=dict(figures or {}),
         name=name,
         on_hub=is_repository_name(name),
@@ -122,6 +125,30 @@ def reports_of(model: AutoLoraModel) -> list[RobustnessReport]:
     ]
     reports = [RobustnessReport.from_dict(content) for content in contents]
     return sorted(reports, key=lambda report: not report.publishable)
+
+
+def without_paths(command: str) -> str:
+    """A command line in which absolute paths of this machine are names of files and folders."""
+    return shlex.join(Path(word).name if os.path.isabs(word) else word for word in shlex.split(command))
+
+
+def rows_of_results(results: Sequence[RobustnessReport]) -> list[str]:
+    """The rows about this model in the table of measurements, publishable ones first."""
+    ordered = sorted(results, key=lambda report: not report.publishable)
+    return [
+        measurement_row(f"this model, measurement {number}" if number > 1 else "this model", report)
+        for number, report in enumerate(ordered, start=1)
+    ]
+
+
+def measurement_row(title: str, report: RobustnessReport) -> str:
+    """A row of the table of measurements: title, natural and robust accuracy in per cent, and under what."""
+
+    def percent(accuracy: Accuracy) -> str:
+        return f"{100 * accuracy.value:.1f} [{100 * accuracy.low:.1f}, {100 * accuracy.high:.1f}]"
+
+    attack = f"{inline(report.attack.split(':')[0])}, {report.threat_model}, {report.robust.total:,} images"
+    return f"| {inline(title)} | {percent(report.natural)} | {percent(report.robust)} | {attack} |"
 
 
 def inline(text: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import tempfile
 import time
@@ -25,13 +26,10 @@ from .model_card import rename_card
 
 
 RELEASE_FILES = (RECORD, *dict.fromkeys(name for names in FILES.values() for name in names))
-PUBLISHED = (*RELEASE_FILES, "README.md", "*.png", "*.onnx", "*.json")
-# `fnmatch` lets a star match slashes, so folders of checkpoints and everything hidden are named.
-KEPT_BACK = (
-    *("checkpoint-*", "checkpoint-*/*", "last-checkpoint/*", ".*", "*/.*"),
-    *("*.bin", "*.pt", "*.pth", "*.pkl"),
-    "training_args.json",  # with folders of the machine it was trained on; `training_plan.json` has what matters
-)
+# Besides, of the folder itself and none inside it: checkpoints and what lies around stay here.
+_BESIDE = re.compile(r"README\.md|[^./][^/]*\.(png|onnx|json)")
+# With folders of the machine it was trained on; `training_plan.json` has what matters.
+_KEPT_BACK = ("training_args.json", "trainer_state.json")
 # Files of an earlier model in a repository, which a library would take for the new one.
 REPLACED = (*RELEASE_FILES, "*.onnx")
 _ATTEMPTS = 10
@@ -113,7 +111,7 @@ def _push(
 def _published(folder: Path) -> list[str]:
     """Names of the files to push. Raises `ValueError` if one is a link to something outside the folder."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    chosen = list(filter_repo_objects(names, allow_patterns=list(PUBLISHED), ignore_patterns=list(KEPT_BACK)))
+    chosen = [n for n in names if n in RELEASE_FILES or (_BESIDE.fullmatch(n) and n not in _KEPT_BACK)]
     for name in chosen:
         inside(folder, name)
     return chosen

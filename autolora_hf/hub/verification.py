@@ -219,10 +219,11 @@ def verify_release(
     if max_samples is None and not others:
         result.subset_seed = None  # every recorded image was used
     if dataset is None and others:
-        result.notes.append(
-            "The recorded data set was read, but most of the recorded images are not where they should be in it: it "
-            "is another version of the data, or the record is wrong."
+        reason = (
+            "the recorded data set was read, but most of the recorded images are not where they should be in it: it "
+            "is another version of the data, or the record is wrong"
         )
+        result.checks.append(Check("images", False, reason))
     if missing and not measured and all(check.holds for check in result.checks):
         raise MissingDataError(missing[0])
     return result
@@ -298,7 +299,12 @@ def _card_check(card: str | None, reports: Sequence[RobustnessReport]) -> Check:
     if problems:
         return Check("card", False, "; ".join(problems))
     count = len(card_figures(card))
-    return Check("card", True, f"every figure in its metadata ({count}) is one of the record")
+    return Check(
+        "card",
+        True,
+        f"every figure in its metadata ({count}) and in its rows about this model is one of the record; prose, "
+        "pictures and rows about other models were not compared",
+    )
 
 
 def _nothing_to_verify(name: str | os.PathLike, card: str | None) -> str:

@@ -103,6 +103,8 @@ class PublishingTrainer(Trainer):
             dataset=dataset if dataset is None or isinstance(dataset, str) else ", ".join(dataset),
             datasets=datasets,
             figures=figures,
+            # What `evaluate_robustness` measured is none of the training data.
+            separate=True,
             **card,
         )
 
