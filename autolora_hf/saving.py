@@ -167,7 +167,8 @@ def _save_base(model: AutoLoraModel, tensors: dict[str, Tensor], folder: Path) -
         config = dict(record["config"], num_classes=model.num_classes)
         config["pretrained_cfg"] = {**config["pretrained_cfg"], **model.preprocessing.to_timm()}
         if model.label_names:
-            config["label_names"] = model.label_names
+            # The checkpoint may bring the names of another task, in both places.
+            config["label_names"] = config["pretrained_cfg"]["label_names"] = model.label_names
         write_json(config, folder / BASE_CONFIG)
     save_tensors(tensors, folder / BASE_WEIGHTS)
 
