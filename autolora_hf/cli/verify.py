@@ -8,6 +8,7 @@ from ..hub.remeasure import MissingDataError
 from ..hub.verification import verify_release
 from .data import open_data
 from .display import show_progress
+from .model import add_model_arguments
 
 
 def run(argv: list[str]) -> int:
@@ -19,15 +20,12 @@ def run(argv: list[str]) -> int:
         "could not be measured; 2 wrong usage.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("model", metavar="REPO", help="folder or Hub repository of a saved model")
+    add_model_arguments(parser)
     parser.add_argument(
         "--data",
         help="folder of images by class, Hub data set name, or 'digits'; the recorded data when left out, if public",
     )
     parser.add_argument("--split", help="split of --data, e.g. test")
-    parser.add_argument("--base-model", help="backbone of an adapter, if it is not found by the recorded name")
-    parser.add_argument("--revision", help="branch, tag or commit of a Hub repository")
-    parser.add_argument("--token", help="access token of a private Hub repository")
     parser.add_argument("--samples", type=int, help="quick check on so many images, chosen at random by class")
     parser.add_argument("--subset-seed", type=int, help="seed of the choice of images; drawn afresh when left out")
     parser.add_argument("--batch-size", type=int, help="images at a time; as recorded when left out")

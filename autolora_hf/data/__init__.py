@@ -4,7 +4,7 @@ from .dataset import PixelDataset, as_pixel_dataset, collate, same_data
 from .description import DataDescription, describe_data
 from .images import Augmentation, PixelTransform, to_rgb
 from .sources import load_source
-from .splits import check_class_names, check_labels, stratified_split, stratified_subset
+from .splits import check_class_names, check_labels, is_test_split, stratified_split, stratified_subset
 
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "check_labels",
     "collate",
     "describe_data",
+    "is_test_split",
     "load_source",
     "same_data",
     "stratified_split",

@@ -147,3 +147,8 @@ def _draw(labels: Sequence[int], classes: np.ndarray, seats: np.ndarray, generat
 def _listing(counts: dict[int, int], limit: int = 10) -> str:
     shown = [f"{label} ({count} x)" for label, count in list(counts.items())[:limit]]
     return ", ".join(shown) + (f", and {len(counts) - limit} more" if len(counts) > limit else "")
+
+
+def is_test_split(split: Any) -> bool:
+    """Whether `split`, as a `datasets.Dataset` names it, is the test split or a part of it; `None` is not."""
+    return str(split or "").split("[")[0].split("+")[0] == "test"

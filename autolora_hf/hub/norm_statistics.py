@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import targets
 from ..attacks import PGD
 from ..attacks.pgd import forget_cached
-from ..data import PixelDataset, as_pixel_dataset, collate, describe_data, stratified_subset
+from ..data import PixelDataset, as_pixel_dataset, collate, describe_data, is_test_split, stratified_subset
 from ..frozen import FrozenRoute
 from ..modeling import AutoLoraModel
 from ..routes import ROBUST
@@ -54,6 +54,7 @@ def adversarial_examples(
 
 @torch.no_grad()
 def set_statistics(model: AutoLoraModel, pixels: Tensor, batch_size: int = 125) -> int:
+    """See [`recalibrate`]; `pixels` are its adversarial examples, N x 3 x H x W in [0, 1]."""
     norms = [
         module
         for name, module in targets.statistics_norms(model.get_base_model()).items()
@@ -61,7 +62,7 @@ def set_statistics(model: AutoLoraModel, pixels: Tensor, batch_size: int = 125) 
     ]
     if not norms:
         return 0
-    before = [(norm.momentum, norm.training) for norm in norms]
+    momenta = [norm.momentum for norm in norms]
     view = model.pixel_space(ROBUST)
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -76,8 +77,8 @@ def set_statistics(model: AutoLoraModel, pixels: Tensor, batch_size: int = 125) 
     finally:
         for module, training in modes:
             module.training = training
-        for norm, (momentum, training) in zip(norms, before, strict=True):
-            norm.momentum, norm.training = momentum, training
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
     if model.autolora_config.mode == "adapter":
         follow_robust_norms(model)
     forget_cached(model)
@@ -92,8 +93,8 @@ def follow_robust_norms(model: AutoLoraModel) -> None:
 
 
 def checked_training_data(data: Any, model: AutoLoraModel, name: str) -> PixelDataset:
-    split = describe_data(data)["split"] or ""
-    if split.split("[")[0].split("+")[0] == "test":
+    """`data` as the model sees them. Raises `ValueError` if they are the test split."""
+    if is_test_split(describe_data(data)["split"]):
         raise ValueError(
             f"`{name}` is the 'test' split. It would shape the adapter, so the reported test accuracy would be too "
             "good. Pass images that were held out of the training set, and give the test split to `measure`."

@@ -23,6 +23,7 @@ from ..data import (
     check_labels,
     collate,
     describe_data,
+    is_test_split,
     same_data,
     stratified_split,
 )
@@ -386,8 +387,7 @@ def _generator(device: torch.device, *key: int) -> torch.Generator:
 
 
 def _refuse_test_split(validation: Any) -> None:
-    split = str(getattr(validation, "split", None) or "")
-    if split.split("[")[0].split("+")[0] == "test":
+    if is_test_split(getattr(validation, "split", None)):
         raise ValueError(
             "`eval_dataset` is the 'test' split. Its accuracy would choose the learning rate and the best weights, so "
             "the reported test accuracy would be too good. Leave `eval_dataset` out (a part of the training set is "
