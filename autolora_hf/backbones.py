@@ -88,19 +88,20 @@ def load_backbone(
     saved = safe_config(folder, name)
     # What transformers' wrapper saved names its own class; timm may not be able to read it.
     of_timm = "architecture" in saved and saved.get("model_type") != "timm_wrapper" and library != "transformers"
+    load, source = (_load_timm, f"local-dir:{folder}") if of_timm else (_load_transformers, str(folder))
     try:
         if pretrained:
             check_size(safe_weights(folder, name, of_timm), partial(_native, folder, of_timm), name)
-        if of_timm:
-            model = _load_timm(f"local-dir:{folder}", num_classes, pretrained, size)
-        else:
-            model = _load_transformers(str(folder), num_classes, pretrained, size)
+        model = load(source, num_classes, pretrained, size)
     except (ValueError, OSError):
         raise
     except Exception as error:
         raise ValueError(f"{name} could not be loaded ({type(error).__name__}: {str(error)[:2000]}).") from error
     if pretrained:
-        check_finite(model.state_dict(), folder)
+        weights = model.state_dict()
+        finite = all(tensor.isfinite().all() for tensor in weights.values())
+        # What a new network has at infinity may be there in a saved one.
+        check_finite(weights, folder, None if finite else load(source, num_classes, False, size).state_dict())
     return model
 
 

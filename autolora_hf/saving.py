@@ -314,5 +314,5 @@ def _load_base(model: AutoLoraModel, path: Path) -> dict[str, Tensor]:
         "of another shape": sorted(key for key, *_ in found["mismatched_keys"]),
     }
     check_nothing_wrong(problems, path)
-    check_finite(network.state_dict(), path)
+    check_finite(network.state_dict(), path, live)
     return network.state_dict()

@@ -43,6 +43,7 @@ REPRESENTATIVE = [
     "transformers/mobilenet_v1",  # padding computed from the layer's attributes
     "transformers/timm_wrapper",
 ]
+ALWAYS = ["timm/convnext", "timm/levit", "timm/beit/relative-positions", "transformers/bit"]
 REFUSED = {
     "transformers/imagegpt": "colour-cluster numbers",
     "transformers/shieldgemma2": "text prompt",
@@ -51,8 +52,14 @@ REFUSED = {
 NOT_RUN = ["transformers/dinat"]  # transformers itself needs the library natten for it
 
 
-@pytest.mark.parametrize("name", REPRESENTATIVE)
+@pytest.mark.parametrize("name", ALWAYS)
 def test_unlike_architectures(name):
+    assert failures(check_row(ROWS[name])) == []
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", sorted(set(REPRESENTATIVE) - set(ALWAYS)))
+def test_more_unlike_architectures(name):
     assert failures(check_row(ROWS[name])) == []
 
 
@@ -72,11 +79,16 @@ def test_the_table_has_every_family():
     assert classes == {name for names in named for name in ([names] if isinstance(names, str) else names)}
 
 
+SWEPT = [name for name, row in ROWS.items() if not row.extra and name not in {*REFUSED, *NOT_RUN}]
+
+
 @pytest.mark.sweep
-@pytest.mark.parametrize("name", [n for n, row in ROWS.items() if not row.extra and n not in {*REFUSED, *NOT_RUN}])
-def test_every_architecture(name):
-    """Every family and class, in both modes; `python scripts/coverage.py` does more and in parallel."""
-    assert failures(check_row(ROWS[name], stock=False)) == []
+@pytest.mark.parametrize(
+    ("name", "mode"), [(name, checks.MODES[i % len(checks.MODES)]) for i, name in enumerate(SWEPT)]
+)
+def test_every_architecture(name, mode):
+    """Every family and class, the modes in turn, which halves the time; `python scripts/coverage.py` takes both."""
+    assert failures(check_row(ROWS[name], modes=(mode,), stock=False)) == []
 
 
 def test_the_documented_table_is_of_these_rows():

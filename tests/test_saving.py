@@ -705,3 +705,19 @@ def test_a_model_can_be_pickled(tmp_path):
     model = changed_model("hf_vit", "adapter")
     again = pickle.loads(pickle.dumps(model))
     assert same(logits(again), logits(model))
+
+
+def test_infinite_bounds_of_an_architecture_are_no_damage(tmp_path):
+    """Clamps that cut nothing until a checkpoint says otherwise (Gemma's vision tower) hold infinities."""
+    bound, weight = torch.tensor([-torch.inf, 1.0]), torch.ones(2)
+    path = tmp_path / "model.safetensors"
+    expected = {"bound": bound, "weight": weight}
+    save_file({"bound": bound, "weight": weight}, path)
+    assert torch.equal(files.load_tensors(path, expected)["bound"], bound)
+    for damaged in ({"bound": -bound, "weight": weight}, {"bound": bound, "weight": weight / 0}):
+        save_file(damaged, path)
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            files.load_tensors(path, expected)
+    save_file({"bound": torch.tensor([torch.nan, 1.0]), "weight": weight}, path)
+    with pytest.raises(ValueError, match=r"NaN or infinite \(bound\)"):
+        files.load_tensors(path, {"bound": torch.tensor([torch.nan, 1.0]), "weight": weight})
