@@ -8,7 +8,7 @@ from torch.utils.data import Subset, TensorDataset
 
 from autolora_hf import Preprocessing
 from autolora_hf.data import as_pixel_dataset, describe_data
-from autolora_hf.evaluation.robustness import sample_digest
+from autolora_hf.evaluation.samples import sample_digest
 from autolora_hf.quickstart import load_digits
 
 

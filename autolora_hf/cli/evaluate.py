@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
+
+import torch
+from accelerate import PartialState
 
 from ..attacks import PGD
 from ..config import ThreatModel, radius_argument
 from ..data import as_pixel_dataset, check_class_names
-from ..evaluation import evaluate_robustness
+from ..evaluation import RobustnessReport, evaluate_robustness
+from ..evaluation.sharding import all_processes
 from .data import open_data
 from .display import show_progress
 from .model import add_model_arguments, open_model
@@ -17,7 +22,10 @@ from .model import add_model_arguments, open_model
 def run(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="autolora evaluate",
-        description="Measures natural and robust accuracy of a saved model, with 95 % confidence intervals.",
+        description="Measures natural and robust accuracy of a saved model, with 95 % confidence intervals. Under "
+        "torchrun or accelerate launch the images are shared out to the processes, for instance one a GPU: "
+        "`torchrun --nproc-per-node 8 -m autolora_hf evaluate ...`. Every image gets the same verdict as from one "
+        "process.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_model_arguments(parser)
@@ -32,26 +40,55 @@ def run(argv: list[str]) -> None:
     parser.add_argument("--samples", type=int, default=1000, help="images to use, chosen by seed and class")
     parser.add_argument("--batch-size", type=int, default=128, help="images at a time")
     parser.add_argument("--seed", type=int, default=0, help="seed of the attacks and of the choice of images")
+    parser.add_argument(
+        "--device", help="where to measure, e.g. cuda; the CPU when left out, or the GPU of each of several processes"
+    )
+    parser.add_argument(
+        "--checkpoint-dir",
+        help="folder that keeps the verdicts on every finished batch: the same command, started again after it was "
+        "killed, goes on from there, with any number of processes",
+    )
     parser.add_argument("--image-column", help="image column of the data set")
     parser.add_argument("--label-column", help="label column of the data set")
     parser.add_argument("--output", help="file to write the report to, as JSON")
     args = parser.parse_args(argv)
 
-    show_progress()
-    source = open_data(args.data, args.split)
-    model = open_model(args)
-    changes = {"norm": args.norm, "eps": None if args.eps is None else float(args.eps)}
-    threat_model: ThreatModel = dataclasses.replace(
-        model.threat_model, **{name: value for name, value in changes.items() if value is not None}
-    )
-    dataset = as_pixel_dataset(
-        source, model.preprocessing, image_column=args.image_column, label_column=args.label_column, name="data"
-    )
-    check_class_names(model.label_names, dataset.class_names, "data")
+    # Joins the other processes, if there are any; without GPUs it has to be told to look for them.
+    state = PartialState(cpu=args.device == "cpu" or not torch.cuda.is_available())
+    try:
+        report = _measure(args, state)
+    finally:
+        state.destroy_process_group()
+    if state.is_main_process:
+        print(report)
+        if args.output:
+            report.save(args.output)
+
+
+def _measure(args: argparse.Namespace, state: PartialState) -> RobustnessReport:
+    if state.is_main_process:
+        show_progress()
+    else:
+        # What is to be said is said once.
+        logging.disable(logging.WARNING)
+    with all_processes().together():
+        source = open_data(args.data, args.split)
+        model = open_model(args)
+        changes = {"norm": args.norm, "eps": None if args.eps is None else float(args.eps)}
+        threat_model: ThreatModel = dataclasses.replace(
+            model.threat_model, **{name: value for name, value in changes.items() if value is not None}
+        )
+        dataset = as_pixel_dataset(
+            source, model.preprocessing, image_column=args.image_column, label_column=args.label_column, name="data"
+        )
+        check_class_names(model.label_names, dataset.class_names, "data")
     attack = args.attack
     if attack == "pgd":
-        attack = PGD(threat_model, steps=args.steps, restarts=args.restarts)
-    report = evaluate_robustness(
+        attack = PGD(threat_model, steps=args.steps, restarts=args.restarts, seed=args.seed)
+    device = args.device
+    if device is None and state.num_processes > 1:
+        device = state.device
+    return evaluate_robustness(
         model,
         dataset,
         threat_model,
@@ -60,7 +97,6 @@ def run(argv: list[str]) -> None:
         max_samples=min(args.samples, len(dataset)),
         batch_size=args.batch_size,
         seed=args.seed,
+        device=device,
+        checkpoint_dir=args.checkpoint_dir,
     )
-    print(report)
-    if args.output:
-        report.save(args.output)

@@ -9,13 +9,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..data import PixelDataset, as_pixel_dataset, check_class_names, same_data, stratified_split, stratified_subset
+from ..data import PixelDataset, as_pixel_dataset, check_class_names, check_unseen, stratified_subset, without_absent
 from ..evaluation import evaluate_robustness
 from ..evaluation.examples import draw_examples
 from ..hub.extraction import Extraction, extract_adapter, extract_for_accuracy
 from ..hub.model_card import write_model_card
 from ..modeling import AutoLoraModel
 from ..training import AutoLoraTrainer, AutoLoraTrainingArguments
+from ..training.data import hold_out
 from .data import open_data
 from .display import show_progress
 from .model import add_model_arguments, open_model
@@ -82,17 +83,12 @@ def run(argv: list[str]) -> None:
         test = as_pixel_dataset(test, model.preprocessing, name="data", **columns)
         check_class_names(model.label_names, test.class_names, "data")
     if train is not None:
-        train = as_pixel_dataset(train, model.preprocessing, name="training data", **columns)
+        train = as_pixel_dataset(train, model.preprocessing, name="training data", broken_images="skip", **columns)
         check_class_names(model.label_names, train.class_names, "training data")
     if validation is not None:
         validation = as_pixel_dataset(validation, model.preprocessing, name="validation data", **columns)
         check_class_names(model.label_names, validation.class_names, "validation data")
-    for name, seen in (("training", train), ("validation", validation)):
-        if test is not None and seen is not None and same_data(test, seen):
-            raise ValueError(
-                f"--data shares images with the {name} data: robust accuracy on them says nothing about new images. "
-                "Give test data that were not used in training."
-            )
+    notes = [] if test is None else check_unseen(test, {"training": train, "validation": validation}, "--data")
     if extracting:
         extraction = _extract(model, train, validation, args)
         print(extraction)
@@ -103,6 +99,7 @@ def run(argv: list[str]) -> None:
     if test is not None:
         samples = {"max_samples": min(args.samples, len(test)), "batch_size": args.batch_size, "seed": args.seed}
         report = evaluate_robustness(model, test, **samples)
+        report.warnings += notes
         print(f"\n{report}")
         model.add_result(report)
 
@@ -146,15 +143,15 @@ def _split(model: AutoLoraModel, train: PixelDataset, seed: int) -> tuple[PixelD
     total = [plan.get(key) for key in ("training_images", "validation_images")]
     fraction, used = plan.get("validation_fraction"), plan.get("seed")
     known = all(isinstance(number, int) for number in [*total, used]) and isinstance(fraction, float)
-    if known and sum(total) == len(train) and 0 < fraction < 1:
-        kept, held_out = stratified_split(train.labels, fraction, used)
-    else:
-        logger.warning(
-            "Nothing tells which of the training images the model was not fitted to, so --keep is judged on images "
-            "that it may have seen. Give --validation-data with new ones (not the test data)."
-        )
-        kept, held_out = stratified_split(train.labels, 0.1, seed)
-    return train.select(kept), train.select(held_out)
+    if known and 0 < fraction < 1:
+        kept, held_out = hold_out(without_absent(train), fraction, used)
+        if [len(kept), len(held_out)] == total:
+            return kept.select(range(len(kept)), augmentation="none"), held_out
+    logger.warning(
+        "Nothing tells which of the training images the model was not fitted to, so --keep is judged on images "
+        "that it may have seen. Give --validation-data with new ones (not the test data)."
+    )
+    return hold_out(without_absent(train), 0.1, seed)
 
 
 def _subset(data: PixelDataset, size: int, seed: int) -> PixelDataset:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import shlex
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -10,8 +11,9 @@ from pathlib import Path
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..config import AutoLoraConfig, PixelRadius, radius_argument
-from ..data import as_pixel_dataset
+from ..data import PixelStream, as_pixel_dataset, as_pixel_stream, is_stream
 from ..factory import get_autolora_model
+from ..pixels import Preprocessing
 from ..training import AutoLoraTrainer, AutoLoraTrainingArguments
 from ..training.publishing import CURVES
 from .data import open_data
@@ -51,7 +53,10 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     train_data: str = field(
-        metadata={"help": "Folder of images by class, folder saved by `datasets`, Hub data set name, or 'digits'."}
+        metadata={
+            "help": "Folder of images by class, folder saved by `datasets`, Hub data set name, tar shards (a file or "
+            "a pattern such as 'train-*.tar', which are streamed), or 'digits'."
+        }
     )
     train_split: str | None = field(default=None, metadata={"help": "Split of --train-data, e.g. 'train'."})
     validation_data: str | None = field(
@@ -114,12 +119,20 @@ def run(argv: list[str]) -> None:
         return
     parser = build_parser()
     model_args, data, args, _ = parser.parse_args_into_dataclasses(argv)
-    show_progress()
+    main = args.process_index == 0
+    if main:
+        show_progress()
+    else:
+        # What is to be said is said once.
+        logging.disable(logging.WARNING)
     # Everything that can be wrong is read and checked before the first training step.
     train = open_data(data.train_data, data.train_split)
     validation = open_data(data.validation_data, data.validation_split) if data.validation_data else None
     test = open_data(data.test_data, data.test_split) if data.test_data else None
     columns = {"image_column": args.image_column, "label_column": args.label_column}
+    if is_stream(train):
+        # Read once for the number of classes; the trainer takes it over with the preprocessing of the model.
+        train = as_pixel_stream(train, Preprocessing(), name="train_dataset", **columns)
 
     config = AutoLoraConfig(
         mode=model_args.mode,
@@ -143,15 +156,20 @@ def run(argv: list[str]) -> None:
 
     folder = Path(args.output_dir)
     if test is not None:
-        print(f"\n{trainer.evaluate_robustness(test, max_samples=min(data.test_samples, len(test)))}")
+        report = trainer.evaluate_robustness(test, max_samples=min(data.test_samples, len(test)))
+        if main:
+            print(f"\n{report}")
     dataset, command = _data_name(data.train_data), f"autolora train {shlex.join(argv)}"
     if args.push_to_hub:
         pushed = trainer.push_to_hub(dataset=dataset, command=command)
-        print(f"\nPublished as {trainer.hub_model_id}: {pushed.commit_url}")
+        if main:
+            print(f"\nPublished as {trainer.hub_model_id}: {pushed.commit_url}")
     else:
         trainer.save_model()
         trainer.create_model_card(dataset=dataset, command=command)
-    print(f"\nSaved in {folder}/: the model, its card (README.md) and {CURVES}.")
+    if main:
+        print(f"\nSaved in {folder}/: the model, its card (README.md) and {CURVES}.")
+    trainer.accelerator.end_training()
 
 
 def _image_size(numbers: list[int] | None) -> int | list[int] | None:
@@ -165,7 +183,7 @@ def _data_name(source: str) -> str:
 
 
 def _number_of_classes(train: object, columns: dict[str, str | None]) -> int:
-    from ..pixels import Preprocessing
-
+    if isinstance(train, PixelStream):
+        return train.num_classes
     # The number of classes does not depend on the preprocessing, which is only known with the model.
     return as_pixel_dataset(train, Preprocessing(), name="training data", **columns).num_classes

@@ -3,30 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import datasets
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from ..pixels import Preprocessing, check_pixels
-from .images import Augmentation, PixelTransform
-from .sources import ArrowSource, ClassFolder, Identity, MapSource, as_label
+from .identity import Identity
+from .images import Augmentation, BrokenImageError, PixelTransform, seeded
+from .sources import ArrowSource, ClassFolder, MapSource, as_label
+from .stored import StoredImages, StoredRows, stored_images
+
+
+BrokenImages = Literal["skip", "raise"]
 
 
 class PixelDataset(Dataset):
     """Labelled images as float pixels. Made by [`as_pixel_dataset`].
 
-    Items are `{"pixel_values": float32 tensor 3 x H x W in [0, 1], "labels": int}`.
+    Items are `{"pixel_values": float32 tensor 3 x H x W in [0, 1], "labels": int}`. What is random about an item (the
+    augmentation, and transforms of the source that draw from torch's global generator) depends on seed, epoch and row
+    alone: not on the number of worker processes or ranks, nor on what was read before.
 
     Attributes:
         name (`str`): What messages call the data.
         preprocessing (`Preprocessing`): Size, filter and crop of the images.
         augmentation (`str`): See [`PixelTransform`].
+        seed (`int`): Of the augmentation.
+        broken_images (`str`): `"raise"`: reading a broken image is an error. `"skip"`: the next image of the same
+            class, in the order of the rows, takes its place; which ones were broken is known to `broken`.
     """
 
     def __init__(
@@ -36,29 +46,92 @@ class PixelDataset(Dataset):
         augmentation: Augmentation,
         name: str,
         indices: np.ndarray | None = None,
+        *,
+        seed: int = 0,
+        broken_images: BrokenImages = "raise",
+        broken: Tensor | None = None,
     ) -> None:
+        if broken_images not in get_args(BrokenImages):
+            raise ValueError(f"`broken_images` must be 'skip' or 'raise', got {broken_images!r}.")
         self.name = name
         self.preprocessing = preprocessing
         self.augmentation = augmentation
+        self.seed = seed
+        self.broken_images = broken_images
         self._source = source
         self._indices = np.arange(len(source)) if indices is None else indices
         self._transform = PixelTransform(preprocessing, augmentation)
+        # In shared memory: worker processes hold copies of this object for as long as they live.
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self._broken = torch.zeros(len(source), dtype=torch.bool).share_memory_() if broken is None else broken
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def __getitem__(self, index: int) -> dict[str, Tensor | int]:
         row = int(self._indices[index])
-        image_name = f"{self._source.image_column}[{row}] of {self.name}"
+        key = (self.seed, int(self._epoch), row)
         try:
-            image, label = self._source.read(row)
+            return self._read(row, key)
+        except BrokenImageError:
+            if self.broken_images == "raise":
+                raise
+            self._broken[row] = True
+            return self._substitute(index, key)
+
+    def _read(self, row: int, key: tuple[int, ...]) -> dict[str, Tensor | int]:
+        image_name = f"{self._source.image_column}[{row}] of {self.name}"
+        with seeded(*key):
+            try:
+                image, label = self._source.read(row)
+            except BrokenImageError as error:
+                raise BrokenImageError(f"`{image_name}` cannot be read: {error}") from error
+            except OSError as error:
+                raise OSError(error.errno, f"`{image_name}` cannot be read: {error}") from error
             pixels = self._transform(image, image_name)
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # what PIL raises for broken files
-            raise ValueError(f"`{image_name}` cannot be read: {error}") from error
         return {
             "pixel_values": pixels,
             "labels": as_label(label, f"{self._source.label_column}[{row}] of {self.name}"),
         }
+
+    def _substitute(self, index: int, key: tuple[int, ...]) -> dict[str, Tensor | int]:
+        """The next readable image of the same class: the same one in every process and every run."""
+        labels, count = self._source.labels, len(self)
+        label = labels[self._indices[index]]
+        for step in range(1, count):
+            row = int(self._indices[(index + step) % count])
+            if labels[row] != label or self._broken[row]:
+                continue
+            try:
+                return self._read(row, key)
+            except BrokenImageError:
+                self._broken[row] = True
+        raise BrokenImageError(
+            f"None of the images of class {label} of {self.name} can be read, for instance "
+            f"{self.image_name(index)}. Mend or remove them, or leave the class out."
+        )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the augmentation of an epoch, in this process and in worker processes that are already running."""
+        self._epoch[0] = epoch
+
+    @property
+    def broken(self) -> list[int]:
+        """Positions of the images found to be broken so far, by this process or its workers."""
+        return np.flatnonzero(self._broken.numpy()[self._indices]).tolist()
+
+    @cached_property
+    def stored(self) -> StoredImages:
+        """The images as they are stored, by position."""
+        source = self._source
+        everything = stored_images(source.dataset, source.image_column, lambda row: source.read(row)[0])
+        return StoredRows([everything], [self._indices])
+
+    def image_name(self, index: int) -> str:
+        """Column and row of an image, with its file if it has one."""
+        path = self.stored.path(index)
+        name = f"{self._source.image_column}[{int(self._indices[index])}]"
+        return name if path is None else f"{name} ({path})"
 
     @property
     def labels(self) -> list[int]:
@@ -83,11 +156,16 @@ class PixelDataset(Dataset):
 
     @property
     def source_identity(self) -> Identity:
-        """Which rows of which storage the samples are; see [`same_data`]."""
+        """Which rows of which storage the samples are; see [`find_overlap`]."""
         return {key: rows[self._indices] for key, rows in self._source.identity.items()}
 
-    def select(self, indices: Iterable[int], augmentation: Augmentation | None = None) -> PixelDataset:
-        """A view of some samples, optionally with another augmentation.
+    def select(
+        self,
+        indices: Iterable[int],
+        augmentation: Augmentation | None = None,
+        broken_images: BrokenImages | None = None,
+    ) -> PixelDataset:
+        """A view of some samples, optionally with another augmentation or another way with broken images.
 
         Raises:
             IndexError: If an index is not in 0 .. `len(self)` - 1.
@@ -97,8 +175,16 @@ class PixelDataset(Dataset):
             raise IndexError(
                 f"Indices of {self.name} must be in 0 .. {len(self) - 1}, got {chosen.min()} .. {chosen.max()}."
             )
-        augmentation = self.augmentation if augmentation is None else augmentation
-        return PixelDataset(self._source, self.preprocessing, augmentation, self.name, self._indices[chosen])
+        return PixelDataset(
+            self._source,
+            self.preprocessing,
+            self.augmentation if augmentation is None else augmentation,
+            self.name,
+            self._indices[chosen],
+            seed=self.seed,
+            broken_images=self.broken_images if broken_images is None else broken_images,
+            broken=self._broken,
+        )
 
 
 def as_pixel_dataset(
@@ -109,6 +195,8 @@ def as_pixel_dataset(
     image_column: str | None = None,
     label_column: str | None = None,
     name: str = "dataset",
+    seed: int = 0,
+    broken_images: BrokenImages = "raise",
 ) -> PixelDataset:
     """Makes a [`PixelDataset`] of any source of labelled images.
 
@@ -121,6 +209,8 @@ def as_pixel_dataset(
         image_column (`str`, *optional*): Column of the image; found by type, then by name when left out.
         label_column (`str`, *optional*): Column of the label, likewise.
         name (`str`): What to call the data in messages, for instance "train".
+        seed (`int`): Of the augmentation.
+        broken_images (`str`): `"raise"` or `"skip"`; see [`PixelDataset`].
 
     Raises:
         TypeError: For streams, sources of another kind, and items that are no pairs or dictionaries.
@@ -158,20 +248,7 @@ def as_pixel_dataset(
     # Rows of a data set with `set_transform` are whatever the transform returns.
     is_plain = isinstance(source, datasets.Dataset) and source.format["type"] != "custom"
     reader = (ArrowSource if is_plain else MapSource)(source, image_column, label_column)
-    return PixelDataset(reader, preprocessing, augmentation, name)
-
-
-def same_data(first: PixelDataset, second: PixelDataset) -> bool:
-    """Whether two data sets have samples in common.
-
-    Samples are compared by where they come from, not by content: the fingerprint and row of a `datasets.Dataset` and
-    the memory it shares with its selections and shuffles; the path and row of a folder; the object and row of a torch
-    data set, through `Subset` and `ConcatDataset`.
-    """
-    if first is second:
-        return True
-    one, other = first.source_identity, second.source_identity
-    return any(np.intersect1d(one[key][one[key] >= 0], other[key]).size > 0 for key in one.keys() & other.keys())
+    return PixelDataset(reader, preprocessing, augmentation, name, seed=seed, broken_images=broken_images)
 
 
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:

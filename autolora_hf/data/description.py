@@ -11,6 +11,7 @@ from torch.utils.data import Subset
 
 from .dataset import PixelDataset
 from .sources import ClassFolder
+from .stream import PixelStream
 
 
 class DataDescription(TypedDict):
@@ -30,11 +31,11 @@ class DataDescription(TypedDict):
 def describe_data(dataset: Any) -> DataDescription:
     """Describes what [`as_pixel_dataset`] takes or gives. Never a path of this machine, only a folder's name."""
     found: DataDescription = {"name": None, "kind": "memory", "config": None, "split": None, "revision": None}
-    if isinstance(dataset, PixelDataset):
+    if isinstance(dataset, (PixelDataset, PixelStream)):
         dataset = dataset.source
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
-    if isinstance(dataset, datasets.Dataset):
+    if isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
         info = dataset.info
         found["split"] = None if dataset.split is None else str(dataset.split)
         # Where its files came from tells the repository and the commit.

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Hashable, Mapping
+import struct
+import zlib
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow as pa
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from .identity import Identity, arrow_identity, map_identity
+from .images import BrokenImageError, as_broken, decode_file, decode_image
 from .splits import is_integer
 
 
@@ -27,9 +30,8 @@ IMAGE_NAMES = ("image", "img", "pixel_values")
 LABEL_NAMES = ("label", "labels")
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 
-# For each storage that a data set shows samples of, the row of every sample, or -1 if it lies elsewhere. Two data sets
-# share samples if they show a common row of one storage.
-Identity = dict[Hashable, np.ndarray]
+# What the decoders of images raise for damaged files; a data set's own errors are none of these.
+_DECODING_ERRORS = (OSError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 class ArrowSource:
@@ -55,8 +57,9 @@ class ArrowSource:
         self.image_column = _pick("image_column", image_column, images, IMAGE_NAMES, list(features), listing)
         self.label_column = _pick("label_column", label_column, classes, LABEL_NAMES, list(features), listing)
         self.class_names = _class_names(dataset, self.label_column)
-        self._rows = dataset.select_columns([self.image_column, self.label_column]).with_format(None)
-        if self.image_column not in images:
+        self._rows = dataset.select_columns([self.image_column, self.label_column]).with_format("arrow")
+        self._feature = features[self.image_column] if self.image_column in images else None
+        if self._feature is None:
             # Without a format arrays come as nested lists, and NumPy's own default makes every integer an int64.
             arguments = {"columns": [self.image_column], "dtype": _value_type(features[self.image_column])}
             self._rows = self._rows.with_format("numpy", output_all_columns=True, **arguments)
@@ -65,11 +68,16 @@ class ArrowSource:
         return len(self.dataset)
 
     def read(self, index: int) -> tuple[Any, Any]:
+        """Image and label of a row.
+
+        Raises:
+            BrokenImageError: If there is no image, or it cannot be decoded.
+        """
         row = self._rows[index]
-        image = row[self.image_column]
-        if isinstance(image, Mapping):  # Image(decode=False)
-            image = datasets.Image().decode_example(image)
-        return image, row[self.label_column]
+        if self._feature is None:
+            return row[self.image_column], row[self.label_column]
+        image, label = (row.column(name)[0].as_py() for name in (self.image_column, self.label_column))
+        return _decoded(image, self._feature), label
 
     @cached_property
     def labels(self) -> list[int]:
@@ -96,7 +104,7 @@ class MapSource:
 
     def __init__(self, dataset: Any, image_column: str | None, label_column: str | None) -> None:
         self.dataset = dataset
-        item = dataset[0]
+        item = (None, 0) if isinstance(dataset, ClassFolder) else _first_readable(dataset)
         self._by_key = isinstance(item, Mapping)
         self.image_column, self.label_column = "image", "label"
         if self._by_key:
@@ -115,24 +123,50 @@ class MapSource:
         return len(self.dataset)
 
     def read(self, index: int) -> tuple[Any, Any]:
-        item = self.dataset[index]
-        return (item[self.image_column], item[self.label_column]) if self._by_key else tuple(item)
+        """Image and label of an item.
+
+        Raises:
+            BrokenImageError: If there is no image, or it cannot be decoded.
+        """
+        try:
+            item = self.dataset[index]
+        except (BrokenImageError, *_DECODING_ERRORS) as error:
+            raise as_broken(error) from error
+        image, label = (item[self.image_column], item[self.label_column]) if self._by_key else tuple(item)
+        if image is None:
+            raise BrokenImageError("there is no image (None)")
+        if isinstance(image, Image.Image):
+            try:
+                image.load()
+            except Exception as error:
+                raise as_broken(error) from error
+        return image, label
 
     @cached_property
     def labels(self) -> list[int]:
         stored = _stored_labels(self.dataset, self.label_column)
         # A wrapper may change the labels on their way; then only the items are right.
-        if stored is not None and all(stored[i] == self._label(i) for i in (0, len(stored) - 1)):
+        if stored is not None and all(self._label(i, stored[i]) == stored[i] for i in (0, len(stored) - 1)):
             return stored
         logger.info("Reading every sample to collect the labels; a `targets` attribute would spare it.")
         return [self._label(i) for i in range(len(self))]
 
-    def _label(self, index: int) -> int:
-        return as_label(self.read(index)[1], f"{self.label_column}[{index}]")
+    def _label(self, index: int, default: int | None = None) -> int:
+        """The label of an item; `default`, if there is one, where the image is broken."""
+        try:
+            label = self.read(index)[1]
+        except BrokenImageError as error:
+            if default is None:
+                raise BrokenImageError(
+                    f"`{self.image_column}[{index}]` cannot be read, and the data set has no `targets` attribute with "
+                    f"its label: {error}. Leave the sample out, or give the data set `targets`."
+                ) from error
+            return default
+        return as_label(label, f"{self.label_column}[{index}]")
 
     @cached_property
     def identity(self) -> Identity:
-        return _map_identity(self.dataset)
+        return map_identity(self.dataset)
 
 
 class ClassFolder(ImageFolder):
@@ -156,7 +190,7 @@ class ClassFolder(ImageFolder):
         empty = [name for name, index in self.class_to_idx.items() if index not in filled]
         if not filled:
             raise FileNotFoundError(
-                f"The sub-folders of {str(root)!r} ({_shorten(self.classes)}) contain no images. Extensions read: "
+                f"The sub-folders of {str(root)!r} ({shorten(self.classes)}) contain no images. Extensions read: "
                 f"{', '.join(IMG_EXTENSIONS)}."
             )
         if empty:
@@ -175,85 +209,7 @@ class ClassFolder(ImageFolder):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         path, label = self.samples[index]
-        try:
-            image = Image.open(path)
-            image.load()  # which closes the file
-            return image, label
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise OSError(f"{path}: {error}") from error
-
-
-def load_source(
-    path_or_name: str | Path, split: str | None = None, *, config: str | None = None, revision: str | None = None
-) -> datasets.Dataset | Path:
-    """Finds data by name, for the command line.
-
-    Args:
-        path_or_name (`str` or `Path`): A folder of images by class (or of splits of such folders), a folder written
-            by `save_to_disk`, or the name of a data set on the Hub.
-        split (`str`, *optional*): Split to take; needed where there is more than one.
-        config (`str`, *optional*): For a data set on the Hub: which of its configurations.
-        revision (`str`, *optional*): For a data set on the Hub: branch, tag or commit.
-
-    Returns:
-        `datasets.Dataset` or `Path`: What [`as_pixel_dataset`] takes.
-
-    Raises:
-        FileNotFoundError: If there is no such folder, and no such data set on the Hub or no connection to it.
-        ValueError: If the split does not exist, or is needed and missing; the message lists the splits. If a folder is
-            given with `config` or `revision`, or a data set on the Hub has no such configuration or cannot be read.
-    """
-    path = Path(path_or_name).expanduser()
-    options = {"name": config, "revision": revision}
-    options = {key: value for key, value in options.items() if value is not None}
-    if path.is_dir():
-        if options:
-            raise ValueError(
-                f"{str(path_or_name)!r} is a folder: `config` and `revision` are for data sets on the Hub."
-            )
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            return _one_split(datasets.load_from_disk(str(path)), split, path_or_name)
-        if split is None:
-            return path
-        if not (path / split).is_dir():
-            found = sorted(x.name for x in path.iterdir() if x.is_dir() and not x.name.startswith("."))
-            raise ValueError(f"{str(path)!r} has no split {split!r}. Its sub-folders: {_shorten(found)}.")
-        return path / split
-    name = str(path_or_name)
-    if path.exists():
-        raise ValueError(f"{name!r} is a file; data must be a folder or the name of a data set on the Hub.")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
-        raise FileNotFoundError(f"There is no folder {name!r}.")
-    try:
-        if split is not None:  # which may also be a slice such as "train[:10%]"
-            return datasets.load_dataset(name, split=split, **options)
-        return _one_split(datasets.load_dataset(name, **options), split, name)
-    except FileNotFoundError as error:  # includes DatasetNotFoundError
-        raise FileNotFoundError(
-            f"There is no folder {name!r}, and no data set of that name that you may read on the Hub: {error}"
-        ) from error
-    except ConnectionError as error:
-        raise FileNotFoundError(
-            f"There is no folder {name!r}, and the Hub, where a data set of that name may be, cannot be reached: "
-            f"{error}"
-        ) from error
-    except datasets.exceptions.DatasetsError as error:  # damaged files and the like; no error of Python's own
-        raise ValueError(f"The data set {name!r} cannot be read: {error}") from error
-
-
-def arrow_identity(dataset: datasets.Dataset) -> Identity:
-    """The rows that `dataset` shows: of the data set with its fingerprint, and of the memory its images lie in.
-
-    Selections, shuffles, renamed and added columns share memory with the data set they were made of.
-    """
-    identity: Identity = {("fingerprint", dataset._fingerprint): np.arange(len(dataset))}
-    features = dataset.features
-    column = next((name for name in features if isinstance(features[name], datasets.Image)), next(iter(features)))
-    addresses = [_addresses(chunk) for chunk in dataset.data.column(column).chunks]
-    if addresses:
-        rows = np.concatenate(addresses)
-        identity["memory"] = rows if dataset._indices is None else rows[dataset._indices.column(0).to_numpy()]
-    return identity
+        return decode_file(path), label
 
 
 def as_label(value: Any, name: str) -> int:
@@ -272,39 +228,33 @@ def as_label(value: Any, name: str) -> int:
     return int(value)
 
 
-def _addresses(chunk: pa.Array) -> np.ndarray:
-    """An integer a row that is equal for two arrays only where they are views of the same memory."""
-    while isinstance(chunk, pa.ExtensionArray) or pa.types.is_struct(chunk.type):
-        if isinstance(chunk, pa.ExtensionArray):
-            chunk = chunk.storage
-        else:
-            fields = [chunk.field(i) for i in range(chunk.type.num_fields)]
-            chunk = next((field for field in fields if field.null_count < len(field)), fields[0])
-    # The first buffer tells which values are missing; the next holds a byte or more a row.
-    buffer = next((buffer for buffer in chunk.buffers()[1:] if buffer is not None), None)
-    if buffer is None:
-        return np.full(len(chunk), -1)
-    return buffer.address + chunk.offset + np.arange(len(chunk))
+def _first_readable(dataset: Any) -> Any:
+    """The first item whose image is not broken, to see what items look like."""
+    for index in range(len(dataset)):
+        try:
+            return dataset[index]
+        except (BrokenImageError, *_DECODING_ERRORS) as error:
+            last = as_broken(error)
+            if not isinstance(last, BrokenImageError):
+                raise
+    raise BrokenImageError(f"None of the {len(dataset)} images can be read. The last one: {last}")
 
 
-def _map_identity(dataset: Any) -> Identity:
-    if isinstance(dataset, Subset):
-        rows = np.asarray(dataset.indices, dtype=np.int64)
-        return {key: known[rows] for key, known in _map_identity(dataset.dataset).items()}
-    if isinstance(dataset, ConcatDataset):
-        merged: Identity = {}
-        start = 0
-        for part in dataset.datasets:
-            for key, rows in _map_identity(part).items():
-                merged.setdefault(key, np.full(len(dataset), -1))[start : start + len(part)] = rows
-            start += len(part)
-        return merged
-    if isinstance(dataset, datasets.Dataset):
-        return arrow_identity(dataset)
-    if hasattr(dataset, "source_identity"):  # a PixelDataset
-        return dataset.source_identity
-    key = str(Path(dataset.root).resolve()) if isinstance(dataset, ClassFolder) else id(dataset)
-    return {key: np.arange(len(dataset))}
+def _decoded(value: Mapping | None, feature: datasets.Image) -> Image.Image:
+    """The image of a row as Arrow holds it: the bytes of a file, or where it is."""
+    data, path = (value or {}).get("bytes"), (value or {}).get("path")
+    if data is None and path is None:
+        raise BrokenImageError("there is no image (null)")
+    if data is not None:
+        image = decode_image(data)
+    elif "://" not in path:
+        image = decode_file(path)
+    else:
+        try:
+            image = datasets.Image().decode_example({"bytes": None, "path": path})
+        except (UnidentifiedImageError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+            raise BrokenImageError(f"{path}: {error}") from error
+    return image if feature.mode in (None, image.mode) else image.convert(feature.mode)
 
 
 def _stored_labels(dataset: Any, label_column: str) -> list[int] | None:
@@ -365,21 +315,6 @@ def _pick(
     raise ValueError(f"The data set has {problem}. Its columns: {listing}. Pass `{argument}=` to name the right one.")
 
 
-def _one_split(
-    found: datasets.Dataset | datasets.DatasetDict, split: str | None, name: str | Path
-) -> datasets.Dataset:
-    if isinstance(found, datasets.Dataset):
-        if split is not None:
-            raise ValueError(f"{str(name)!r} is a single data set without splits; leave out the split {split!r}.")
-        return found
-    if split is None and len(found) == 1:
-        return next(iter(found.values()))
-    if split not in found:
-        asked = "is needed" if split is None else f"{split!r} does not exist"
-        raise ValueError(f"{str(name)!r} has the splits {', '.join(found)}: the split {asked}.")
-    return found[split]
-
-
 def _is_visible_image(path: Path, root: Path) -> bool:
     hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
     return not hidden and path.suffix.lower() in IMG_EXTENSIONS
@@ -395,5 +330,6 @@ def _feature_name(feature: Any) -> str:
     return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
 
 
-def _shorten(names: list[str], limit: int = 10) -> str:
+def shorten(names: list[str], limit: int = 10) -> str:
+    """The first of some names, for a message."""
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

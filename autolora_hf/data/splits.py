@@ -5,9 +5,12 @@ from __future__ import annotations
 import numbers
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch.utils.data import ConcatDataset, Subset
+from torchvision.datasets import DatasetFolder, VisionDataset
 
 
 def check_labels(labels: Sequence[int], num_classes: int, name: str = "dataset") -> None:
@@ -65,7 +68,9 @@ def check_class_names(expected: Sequence[str] | None, found: Sequence[str] | Non
         )
 
 
-def stratified_split(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+def stratified_split(
+    labels: Sequence[int], fraction: float, seed: int, groups: np.ndarray | None = None
+) -> tuple[list[int], list[int]]:
     """Splits sample indices into those to keep and those to hold out, proportionally in every class.
 
     Shares are rounded by largest remainder, ties fall to chance, and no class loses its last kept sample.
@@ -74,6 +79,8 @@ def stratified_split(labels: Sequence[int], fraction: float, seed: int) -> tuple
         labels (`Sequence[int]`): One class index a sample.
         fraction (`float`): Share to hold out, in (0, 1).
         seed (`int`): Equal seeds give equal splits.
+        groups (`np.ndarray`, *optional*): Samples to keep together, N: for every one the index of the first of its
+            group, see [`duplicate_groups`]. All follow the first one; shares are then met on average.
 
     Returns:
         `tuple[list[int], list[int]]`: Kept and held-out indices, each sorted, disjoint and together complete.
@@ -93,8 +100,26 @@ def stratified_split(labels: Sequence[int], fraction: float, seed: int) -> tuple
     generator = np.random.default_rng(seed)
     total = min(max(1, round(len(labels) * fraction)), int(room.sum()))
     held_out = _draw(labels, classes, _apportion(counts, room, total, generator), generator)
+    if groups is not None:
+        held_out = _follow_first(labels, held_out, groups)
     kept = np.setdiff1d(np.arange(len(labels)), held_out)
     return kept.tolist(), held_out.tolist()
+
+
+def _follow_first(labels: Sequence[int], held_out: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """The held-out samples when every group goes where its first sample was put."""
+    labels, aside = np.asarray(labels), np.zeros(len(labels), dtype=bool)
+    aside[held_out] = True
+    aside = aside[groups]
+    for label in np.unique(labels[aside]):
+        if aside[labels == label].all():
+            aside[np.isin(groups, groups[labels == label])] = False
+    if not aside.any():
+        raise ValueError(
+            f"Cannot hold out samples: the {len(labels)} samples are copies of {len(np.unique(groups))} images, and "
+            "none can be spared. Give a validation set of its own."
+        )
+    return np.flatnonzero(aside)
 
 
 def stratified_subset(labels: Sequence[int], size: int, seed: int) -> list[int]:
@@ -150,5 +175,29 @@ def _listing(counts: dict[int, int], limit: int = 10) -> str:
 
 
 def is_test_split(split: Any) -> bool:
-    """Whether `split`, as a `datasets.Dataset` names it, is the test split or a part of it; `None` is not."""
-    return str(split or "").split("[")[0].split("+")[0] == "test"
+    """Whether `split`, as a `datasets.Dataset` or a folder names it, is the test split or has a part of it.
+
+    `None` is not.
+    """
+    return any(part.split("[")[0].strip().lower() in ("test", "testing") for part in str(split or "").split("+"))
+
+
+def named_test_set(dataset: Any) -> str | None:
+    """What tells that a data set is a test set, or has a part of one: for messages; `None` if nothing does.
+
+    Looked at are the split of a `datasets.Dataset`, the name of a folder, and the `split` and `train` of data sets of
+    torchvision, through `Subset`, `ConcatDataset` and whatever else keeps its data set in `source`.
+    """
+    if isinstance(dataset, Subset):
+        return named_test_set(dataset.dataset)
+    if isinstance(dataset, ConcatDataset):
+        return next((name for part in dataset.datasets if (name := named_test_set(part)) is not None), None)
+    if isinstance(dataset, (str, Path)) or isinstance(dataset, DatasetFolder):
+        name = Path(dataset.root if isinstance(dataset, DatasetFolder) else dataset).expanduser().resolve().name
+        return f"the folder {name!r}" if is_test_split(name) else None
+    split = getattr(dataset, "split", None)
+    if split is not None and is_test_split(split):
+        return f"the {str(split)!r} split"
+    if isinstance(dataset, VisionDataset) and getattr(dataset, "train", None) is False:
+        return f"the test split (`train=False`) of {type(dataset).__name__}"
+    return named_test_set(dataset.source) if hasattr(dataset, "source") else None

@@ -1,6 +1,7 @@
 from .figures import adversarial_examples_figure, training_curves_figure
 from .report import Accuracy, AttackResult, RobustnessReport
-from .robustness import AttackView, evaluate_robustness
+from .robustness import evaluate_robustness
+from .view import AttackView
 
 
 __all__ = [

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..attacks import attack_mode
 from ..files import write_atomically
 from ..pixels import check_pixels
-from .robustness import AttackView
+from .view import AttackView
 
 
 if TYPE_CHECKING:

@@ -102,7 +102,7 @@ class RobustnessReport:
         seed (`int`): Seed of the attacks and of the choice of images.
         route (`str`, *optional*): Route of the AutoLoRa model; `None` for any other model.
         device (`str`): Where it ran.
-        seconds (`float`): Wall time of everything.
+        seconds (`float`): Wall time of everything; of a resumed evaluation with that of the earlier runs.
         dataset (`dict`): Where the images came from, see [`describe_data`].
         sample_digests (`list[str]`): For each image the start of the SHA-256 of its label and its 8-bit pixels, by
             which somebody who repeats the measurement knows whether these are the same images.

@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import itertools
+import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..attacks import PGD, attack_mode
-from ..attacks.pgd import logits_of
 from ..config import ThreatModel
 from ..data import describe_data
 from ..frozen import FrozenRoute
 from ..modeling import AutoLoraModel
-from ..pixels import check_pixels
 from .autoattack import AutoAttackComponent, autoattack_components, isolated_random_state
+from .checkpoint import Checkpoint
+from .identity import check_same, describe_evaluation, settings_in_words
 from .report import Accuracy, AttackResult, Protocol, RobustnessReport, standard_warnings
 from .samples import Samples
-
-
-Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
+from .sharding import all_processes
+from .stages import Attack, Stages
+from .view import AttackView
 
 
 def evaluate_robustness(
@@ -45,6 +44,7 @@ def evaluate_robustness(
     seed: int = 0,
     device: torch.device | str | None = None,
     progress: bool = True,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
 ) -> RobustnessReport:
     """Measures accuracy on clean images and under attack.
 
@@ -52,6 +52,11 @@ def evaluate_robustness(
     withstands all of them. Nothing an attack says about itself is believed: every image it returns must lie in the
     ball and in [0, 1], and is classified again. The model runs in eval mode and is left as it was; so are the global
     random states.
+
+    Under `torchrun` or `accelerate launch`, once `torch.distributed` is initialised, the work is shared out to the
+    processes: call it in every one of them, with the same arguments. They attack whole batches, the same ones as a
+    single process, so every image gets the same verdict, and all return the same report. An error in one process ends
+    it in all of them.
 
     Args:
         model (`nn.Module`): An [`AutoLoraModel`], or any module that maps pixels in [0, 1], N x C x H x W, to logits.
@@ -67,100 +72,85 @@ def evaluate_robustness(
         batch_size (`int`): Images in a forward pass.
         seed (`int`): Seed of the attacks and of the subset. A [`PGD`] instance keeps its own.
         device (*optional*): Run there and move the model back afterwards. `None`: where the model is.
-        progress (`bool`): Show a progress bar an attack.
+        progress (`bool`): Show a progress bar an attack, in the main process.
+        checkpoint_dir (`str`, *optional*): Folder in which the verdicts on every finished batch are kept. An
+            evaluation that was killed goes on from there when it is started again in the same way, with any number of
+            processes, and ends with the same report but for the times, which count those of the earlier runs. A
+            custom attack is recognised by its `repr`, which must state its settings, as that of a dataclass does.
 
     Raises:
         ValueError: If the data set is empty, labels or pixels are out of range, the threat model is missing, an attack
-            is unknown or leaves the ball, or the model does not return N x K logits. All but what an attack returns is
+            is unknown or leaves the ball, the model does not return N x K logits, `checkpoint_dir` holds another
+            evaluation, or the processes were given different models or arguments. All but what an attack returns is
             checked before the first attack starts.
         ImportError: If AutoAttack is asked for and `pyautoattack` is not installed.
+        RuntimeError: If another process was killed, or never called this function.
     """
     started = time.perf_counter()
-    threat_model = _resolve_threat_model(model, threat_model)
-    requested = list(attack) if isinstance(attack, (list, tuple)) else [attack]
-    _check_attacks(requested, threat_model)
-    samples = Samples(dataset, model, max_samples, sample_indices, seed, batch_size)
+    processes = all_processes()
+    with ExitStack() as stack:
+        with processes.together():
+            threat_model = _resolve_threat_model(model, threat_model)
+            requested = list(attack) if isinstance(attack, (list, tuple)) else [attack]
+            _check_attacks(requested, threat_model)
+            samples = Samples(dataset, model, max_samples, sample_indices, seed, batch_size)
+            for context in (attack_mode(model), _on_device(model, device), torch.enable_grad()):
+                stack.enter_context(context)
+            view = target = AttackView(model, route).eval()
+            if isinstance(model, AutoLoraModel):
+                # Attacks search on a copy that is quicker and the same up to rounding; the model itself judges what
+                # they find.
+                target = AttackView(FrozenRoute(model, route)).eval()
+            first, _ = samples.read(torch.tensor([0]), view.device)
+            num_classes = _count_classes(view, first)
+            samples.check_labels(num_classes)
+            attacks, left_out = _resolve_attacks(requested, threat_model, num_classes, tuple(first.shape[-2:]), seed)
+            settings = [_settings(entry, threat_model, seed) for entry in requested]
+            evaluation: dict[str, Any] = {}
+            if processes.size > 1 or checkpoint_dir is not None:
+                conditions = {"threat_model": asdict(threat_model), "attacks": settings, "seed": seed}
+                evaluation = describe_evaluation(model, view, route, samples, {**conditions, "versions": _versions()})
+            if checkpoint_dir is not None:
+                custom = [entry for entry, row in zip(requested, settings, strict=True) if row["kind"] == "custom"]
+                evaluation["custom_attacks"] = [settings_in_words(entry) for entry in custom]
+        check_same(processes.gather({**evaluation, "checkpoint_dir is given": checkpoint_dir is not None}))
+        with processes.together():
+            checkpoint = None if checkpoint_dir is None else Checkpoint(checkpoint_dir, evaluation)
+        stages = Stages(view, target, samples, processes, checkpoint, threat_model, seed, progress)
+        correct = stages.clean()
+        with processes.together(), isolated_random_state(seed):
+            notes = _diagnose(view, samples, correct) if processes.is_main else []
+        robust = correct.clone()
+        rows = [stages.attack(n, _name(entry), entry, robust) for n, entry in enumerate(attacks, 1)]
 
-    with attack_mode(model), _on_device(model, device), torch.enable_grad():
-        view = AttackView(model, route).eval()
-        # Attacks search on a copy that is quicker and the same up to rounding; the model itself judges what they find.
-        target = AttackView(FrozenRoute(model, route)).eval() if isinstance(model, AutoLoraModel) else view
-        _, first, _ = next(samples.batches(torch.tensor([0]), view.device))
-        num_classes = _count_classes(view, first)
-        samples.check_labels(num_classes)
-        attacks, left_out = _resolve_attacks(requested, threat_model, num_classes, tuple(first.shape[-2:]), seed)
-        correct, digests = _natural_correct(view, samples)
-        notes = _diagnose(view, samples, correct)
-        robust, rows = correct.clone(), []
-        for current in attacks:
-            rows.append(_run(current, target, view, samples, robust, threat_model, seed, progress))
-        place = view.device
-
-    protocol: Protocol = "custom"
-    if "autoattack" in requested:
-        protocol = "autoattack-reduced" if left_out else "autoattack"
-    report = RobustnessReport(
-        threat_model=threat_model,
-        natural=Accuracy.from_counts(int(correct.sum()), len(correct)),
-        robust=Accuracy.from_counts(int(robust.sum()), len(correct)),
-        attacks=[*rows, *(AttackResult(name, left_out=reason) for name, reason in left_out.items())],
-        protocol=protocol,
-        attack=_describe(attacks, protocol),
-        sample_indices=samples.indices,
-        natural_correct=correct.tolist(),
-        robust_correct=robust.tolist(),
-        dataset_size=samples.dataset_size,
-        num_classes=num_classes,
-        seed=seed,
-        route=route if hasattr(model, "pixel_space") else None,
-        device=f"{place} ({torch.cuda.get_device_name(place)})" if place.type == "cuda" else str(place),
-        seconds=round(time.perf_counter() - started, 3),
-        dataset=describe_data(dataset),
-        sample_digests=digests,
-        attack_settings=[_settings(entry, threat_model, seed) for entry in requested],
-        batch_size=batch_size,
-        versions=_versions(),
-    )
-    report.warnings = [*standard_warnings(report), *notes]
-    return report
-
-
-class AttackView(nn.Module):
-    """What attacks see of a model: float32 pixels in [0, 1] to a fresh float32 tensor of logits N x K.
-
-    Args:
-        model (`nn.Module`): An [`AutoLoraModel`], or a module that maps pixels to logits or an output with `.logits`.
-        route (`str`): Route of the AutoLoRa model.
-    """
-
-    def __init__(self, model: nn.Module, route: str = "robust") -> None:
-        super().__init__()
-        self.dtype = torch.float32
-        if hasattr(model, "pixel_space"):
-            self.model = model.pixel_space(route=route)
-        else:
-            self.model = model
-            kinds = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-            # A model wholly in half or double precision takes only its own kind.
-            if len(kinds) == 1:
-                self.dtype = kinds.pop()
-        self.on_pass: Callable[[], None] | None = None
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is; the CPU for one without parameters and buffers."""
-        return next(itertools.chain(self.parameters(), self.buffers()), torch.empty(0)).device
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        logits = logits_of(self.model(pixels.to(self.dtype))).float()
-        if pixels.requires_grad and torch.is_grad_enabled() and not logits.requires_grad:
-            # Attacks differentiate without asking. A model that is not differentiable has zero gradient here, and the
-            # report says so.
-            logits = logits + 0 * pixels.flatten(1)[:, :1]
-        if self.on_pass is not None:
-            self.on_pass()
-        # AutoAttack's Square writes into the logits, which may be a view of the model's own memory.
-        return logits.clone()
+        protocol: Protocol = "custom"
+        if "autoattack" in requested:
+            protocol = "autoattack-reduced" if left_out else "autoattack"
+        report = RobustnessReport(
+            threat_model=threat_model,
+            natural=Accuracy.from_counts(int(correct.sum()), len(correct)),
+            robust=Accuracy.from_counts(int(robust.sum()), len(correct)),
+            attacks=[*rows, *(AttackResult(name, left_out=reason) for name, reason in left_out.items())],
+            protocol=protocol,
+            attack=_describe(attacks, protocol),
+            sample_indices=samples.indices,
+            natural_correct=correct.tolist(),
+            robust_correct=robust.tolist(),
+            dataset_size=samples.dataset_size,
+            num_classes=num_classes,
+            seed=seed,
+            route=route if hasattr(model, "pixel_space") else None,
+            device=", ".join(stages.devices),
+            seconds=round(time.perf_counter() - started + stages.earlier_seconds, 3),
+            dataset=describe_data(dataset),
+            sample_digests=[stages.digests[row] for row in samples.indices],
+            attack_settings=settings,
+            batch_size=batch_size,
+            versions=_versions(),
+        )
+        report.warnings = [*standard_warnings(report), *notes]
+        # Its times and notes are those of the main process.
+        return processes.gather(report)[0]
 
 
 def _resolve_threat_model(model: nn.Module, threat_model: ThreatModel | None) -> ThreatModel:
@@ -236,31 +226,12 @@ def _count_classes(view: AttackView, pixels: Tensor) -> int:
     return logits.shape[1]
 
 
-@torch.no_grad()
-def _natural_correct(view: AttackView, samples: Samples) -> tuple[Tensor, list[str]]:
-    """Which of the clean images are classified correctly, and what identifies each image."""
-    correct, digests = torch.zeros(len(samples), dtype=torch.bool), []
-    for batch, pixels, labels in samples.batches(torch.arange(len(samples)), view.device):
-        logits = view(pixels)
-        if logits.isnan().any():
-            raise ValueError(f"The model returns NaN for {logits.isnan().any(1).sum()} of {len(logits)} clean images.")
-        correct[batch] = (logits.argmax(1) == labels).cpu()
-        digests += [sample_digest(image, label) for image, label in zip(pixels.cpu(), labels.tolist(), strict=True)]
-    return correct, digests
-
-
-def sample_digest(pixels: Tensor, label: int) -> str:
-    """Twelve hexadecimal digits of the SHA-256 of an image (C x H x W, in [0, 1]) in 8 bits, and its label."""
-    content = (pixels * 255).round().to(torch.uint8).contiguous().numpy().tobytes()
-    return hashlib.sha256(content + str(label).encode()).hexdigest()[:12]
-
-
 def _diagnose(view: AttackView, samples: Samples, correct: Tensor) -> list[str]:
     """Reasons to doubt gradient-based attacks, from one batch of clean images that are classified correctly."""
-    batch = next(samples.batches(correct.nonzero().squeeze(1), view.device), None)
-    if batch is None:
+    batches = samples.split(correct.nonzero().squeeze(1))
+    if not batches:
         return []
-    _, pixels, labels = batch
+    pixels, labels = samples.read(batches[0], view.device)
     notes = []
     logits = view(pixels.requires_grad_(True))
     (gradient,) = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), pixels)
@@ -281,69 +252,6 @@ def _diagnose(view: AttackView, samples: Samples, correct: Tensor) -> list[str]:
         if logits.min() >= 0 and logits.max() <= 1 and torch.allclose(sums, torch.ones_like(sums), atol=1e-5):
             notes.append("The outputs look like probabilities. Attacks need logits: leave out the softmax.")
     return notes
-
-
-def _run(
-    attack: Attack,
-    target: AttackView,
-    view: AttackView,
-    samples: Samples,
-    robust: Tensor,
-    threat_model: ThreatModel,
-    seed: int,
-    progress: bool,
-) -> AttackResult:
-    """Runs one attack on the images that are still `robust` and clears those that it broke."""
-    name, started, before = _name(attack), time.perf_counter(), int(robust.sum())
-    with tqdm(total=before, desc=name, unit="image", disable=not progress) as bar:
-        target.on_pass = _Heartbeat(bar, robust)
-        for batch, pixels, labels in samples.batches(robust.nonzero().squeeze(1), view.device):
-            with isolated_random_state(seed):
-                adversarial = attack(target, pixels.clone(), labels.clone())
-            adversarial = _verified(adversarial, pixels, threat_model, name)
-            # Some attack libraries leave the model in training mode.
-            target.eval()
-            with torch.no_grad():
-                logits = view(adversarial)
-            # An image for which the model answers NaN is not classified.
-            robust[batch] = ((logits.argmax(1) == labels) & ~logits.isnan().any(1)).cpu()
-            bar.update(len(batch))
-        target.on_pass = None
-    after, seconds = int(robust.sum()), round(time.perf_counter() - started, 3)
-    return AttackResult(name, before, before - after, after / len(robust), seconds)
-
-
-def _verified(adversarial: Any, pixels: Tensor, threat_model: ThreatModel, name: str) -> Tensor:
-    """The images an attack returned, detached. Raises unless they are inside the ball and inside [0, 1]."""
-    if not isinstance(adversarial, Tensor) or adversarial.shape != pixels.shape:
-        shape = tuple(adversarial.shape) if isinstance(adversarial, Tensor) else type(adversarial).__name__
-        raise ValueError(f"{name} must return images of shape {tuple(pixels.shape)}, got {shape}.")
-    adversarial = adversarial.detach().to(pixels)
-    check_pixels(adversarial, name=f"images returned by {name}")
-    change = (adversarial.double() - pixels.double()).flatten(1)
-    order = torch.inf if threat_model.norm == "linf" else 2
-    distance = torch.linalg.vector_norm(change, ord=order, dim=1).max().item()
-    # Room for the rounding errors of float32 arithmetic, no more.
-    if distance > threat_model.eps * (1 + 1e-5) + 1e-6:
-        raise ValueError(
-            f"{name} left the ball: the {threat_model.norm} distance to the clean image is up to {distance:.6g}, the "
-            f"threat model allows {threat_model.eps:.6g}."
-        )
-    return adversarial
-
-
-class _Heartbeat:
-    """Shows in a progress bar that an attack is at work: one batch of AutoAttack takes thousands of passes."""
-
-    def __init__(self, bar: tqdm, robust: Tensor) -> None:
-        self.bar, self.robust, self.passes, self.shown = bar, robust, 0, time.monotonic()
-
-    def __call__(self) -> None:
-        self.passes += 1
-        if time.monotonic() - self.shown > 1:
-            self.shown = time.monotonic()
-            share = int(self.robust.sum()) / len(self.robust)
-            self.bar.set_postfix_str(f"robust {share:.1%}, {self.passes} passes")
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -69,22 +70,29 @@ class Samples:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def batches(self, positions: Tensor, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yields positions among the chosen images, float32 pixels in [0, 1] and labels, a full batch at a time.
+    def split(self, positions: Tensor) -> list[Tensor]:
+        """Positions among the chosen images, of which there may be none, a full batch at a time."""
+        # `Tensor.split` gives one empty batch for no positions.
+        return list(positions.split(self.batch_size)) if len(positions) else []
+
+    def read(self, batch: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Float32 pixels in [0, 1], N x C x H x W, and labels, N, of a batch.
 
         Args:
-            positions (`Tensor`): Positions among the chosen images, on the CPU; there may be none.
+            batch (`Tensor`): Positions among the chosen images, on the CPU.
             device (`torch.device`): Where the pixels and labels go.
         """
-        # `split` gives one empty batch for no positions.
-        for batch in positions.split(self.batch_size) if len(positions) else ():
-            rows = [self.indices[position] for position in batch.tolist()]
-            if self.tensors is not None:
-                pixels = self.tensors[rows]
-            else:
-                pixels = collate([self.source[row] for row in rows])["pixel_values"]
-            # `check_pixels` lets rounding errors pass, attack libraries do not.
-            yield batch, pixels.to(device, torch.float32).clamp(0, 1), self.labels[batch].to(device)
+        rows = self.rows(batch)
+        if self.tensors is not None:
+            pixels = self.tensors[rows]
+        else:
+            pixels = collate([self.source[row] for row in rows])["pixel_values"]
+        # `check_pixels` lets rounding errors pass, attack libraries do not.
+        return pixels.to(device, torch.float32).clamp(0, 1), self.labels[batch].to(device)
+
+    def rows(self, batch: Tensor) -> list[int]:
+        """The positions in the data set of a batch of positions among the chosen images."""
+        return [self.indices[position] for position in batch.tolist()]
 
     def check_labels(self, num_classes: int) -> None:
         """Raises `ValueError` with the counts if a label is outside 0 .. `num_classes` - 1."""
@@ -96,6 +104,12 @@ class Samples:
                 f"{len(outside)} of {len(self)} labels are outside 0 .. {num_classes - 1}, the classes of this model: "
                 f"{found}{', ...' if len(values) > 5 else ''}."
             )
+
+
+def sample_digest(pixels: Tensor, label: int) -> str:
+    """Twelve hexadecimal digits of the SHA-256 of an image (C x H x W, in [0, 1]) in 8 bits, and its label."""
+    content = (pixels * 255).round().to(torch.uint8).contiguous().numpy().tobytes()
+    return hashlib.sha256(content + str(label).encode()).hexdigest()[:12]
 
 
 def _checked_tensors(tensors: tuple[Any, ...], image_size: tuple[int, int] | None) -> tuple[Tensor, Tensor]:

@@ -58,6 +58,13 @@ class AutoLoraTrainingArguments(TrainingArguments):
         default="crop-flip",
         metadata={"help": "Training augmentation: 'crop-flip', 'crop' (digits, text) or 'none'."},
     )
+    broken_images: str = field(
+        default="skip",
+        metadata={
+            "help": "Images that cannot be read: 'skip' trains with another of their class and leaves them out of the "
+            "validation data, with a warning; 'raise' stops."
+        },
+    )
     image_column: str | None = field(default=None, metadata={"help": "Image column; found by its type by default."})
     label_column: str | None = field(default=None, metadata={"help": "Label column; found by its type by default."})
 
@@ -96,6 +103,8 @@ class AutoLoraTrainingArguments(TrainingArguments):
             raise ValueError(f"`objective` must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}.")
         if self.augmentation not in ("none", "crop", "crop-flip"):
             raise ValueError(f"`augmentation` must be 'none', 'crop' or 'crop-flip', got {self.augmentation!r}.")
+        if self.broken_images not in ("skip", "raise"):
+            raise ValueError(f"`broken_images` must be 'skip' or 'raise', got {self.broken_images!r}.")
         if self.halving_rule not in ("paper", "released"):
             raise ValueError(f"`halving_rule` must be 'paper' or 'released', got {self.halving_rule!r}.")
         if self.scalar_alpha <= 0 or self.scalar_lambda2_max < 0:

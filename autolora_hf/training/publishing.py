@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 from huggingface_hub import CommitInfo, HfApi
-from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
-from ..data import PixelDataset, as_pixel_dataset, check_class_names, same_data
+from ..data import PixelDataset, as_pixel_dataset, check_class_names, check_unseen
 from ..evaluation import RobustnessReport, evaluate_robustness, training_curves_figure
 from ..files import staged
 from ..hub.model_card import write_model_card
 from ..hub.push import RELEASE_FILES, kept_as_it_is, push_folder
 from ..record import RECORD
 from ..routes import ROBUST
+from .resuming import ResumableTrainer
 
 
 logger = logging.getLogger(__name__)
@@ -28,25 +29,27 @@ logger = logging.getLogger(__name__)
 CURVES = "training_curves.png"
 
 
-class PublishingTrainer(Trainer):
+class PublishingTrainer(ResumableTrainer):
     """The part of [`AutoLoraTrainer`] that comes after the training."""
+
+    # The test data that were compared with what training saw, and what a report on them has to say about it.
+    _checked_test_data: PixelDataset | None = None
+    _test_notes: Sequence[str] = ()
 
     def prepare_test_data(self, dataset: Any) -> PixelDataset:
         """Test data as the model wants them, checked against what training saw.
 
         Raises:
-            ValueError: If `dataset` shares images with the training or validation data, or has other classes.
+            ValueError: If `dataset` shares images with the training or validation data, compared by origin and by
+                content, or has other classes.
         """
+        if dataset is self._checked_test_data:
+            return dataset
         columns = {"image_column": self.args.image_column, "label_column": self.args.label_column}
         test = as_pixel_dataset(dataset, self.model.preprocessing, name="dataset", **columns)
-        for name, seen in (("training", self.train_dataset), ("validation", self.eval_dataset)):
-            if same_data(test, seen):
-                raise ValueError(
-                    f"The dataset shares images with the {name} data, which the weights were "
-                    f"{'fitted to' if name == 'training' else 'selected with'}: robust accuracy on it says nothing "
-                    "about new images. Pass test data that was not used in training."
-                )
         check_class_names(self.train_dataset.class_names, test.class_names, "dataset")
+        self._test_notes = check_unseen(test, {"training": self.train_dataset, "validation": self.eval_dataset})
+        self._checked_test_data = test
         return test
 
     def evaluate_robustness(self, dataset: Any, attack: Any = "autoattack", **kwargs: Any) -> RobustnessReport:
@@ -59,6 +62,7 @@ class PublishingTrainer(Trainer):
         """
         test = self.prepare_test_data(dataset)
         report = evaluate_robustness(self.model, test, self.args.threat_model, attack, **kwargs)
+        report.warnings += self._test_notes
         if report.route == ROBUST:
             self.model.add_result(report)
         return report

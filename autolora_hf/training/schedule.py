@@ -38,6 +38,9 @@ class AutoLoraScheduler(LRScheduler):
         self.factor = 1.0
         self.training_accuracy: float | None = None
         self.reload_due = False
+        # Optimizer steps that `StepGuard` skipped, here because this state is saved with a checkpoint.
+        self.skipped_steps = 0
+        self.skipped_in_a_row = 0
         super().__init__(optimizer)
 
     def get_lr(self) -> list[float]:

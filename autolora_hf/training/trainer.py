@@ -4,29 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import EvalPrediction, ProgressCallback, TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 
 from ..attacks.pgd import PGD, attack_mode, logits_of
 from ..config import ThreatModel
-from ..data import (
-    PixelDataset,
-    as_pixel_dataset,
-    check_class_names,
-    check_labels,
-    collate,
-    describe_data,
-    is_test_split,
-    same_data,
-    stratified_split,
-)
+from ..data import PixelDataset, collate, describe_data
 from ..factory import get_autolora_model
 from ..files import write_atomically, write_json
 from ..frozen import FrozenRoute
@@ -36,25 +25,40 @@ from ..pixels import Normalize
 from ..routes import NATURAL, ROBUST
 from ..schedules import PlateauHalving, default_checkpoints, default_epochs
 from .arguments import AutoLoraTrainingArguments
+from .data import BrokenImagesCallback, prepare_data
+from .diagnosis import DiagnosisCallback, prediction_shares
+from .distributed import (
+    Share,
+    check_parallelism,
+    check_shared_folder,
+    random_starts,
+    step_shares,
+    synchronize,
+)
+from .numerics import StepGuard, hits
 from .progress import EpochTableCallback
 from .publishing import PublishingTrainer
 from .redirect import call_inside
+from .resuming import run_environment
 from .schedule import AutoLoraScheduler
+from .streams import StreamingTrainer, unaugmented
 
 
 logger = logging.getLogger(__name__)
 
 PLAN = "training_plan.json"
+# Keys of random starts.
+TRAINING, EVALUATION = 0, 1
 
 
-class AutoLoraTrainer(PublishingTrainer):
+class AutoLoraTrainer(StreamingTrainer, PublishingTrainer):
     """Robust fine-tuning with an automatic learning rate and automatic loss scalars (AutoLoRa, ICLR 2024).
 
     Args:
         model (`AutoLoraModel`, `nn.Module` or `str`): What [`get_autolora_model`] returns, or what it takes.
         args (`AutoLoraTrainingArguments`, *optional*): Defaults follow the paper.
-        train_dataset: A `datasets.Dataset` with an image and a label column, a folder of images by class, or a torch
-            `Dataset` of (image, label).
+        train_dataset: A `datasets.Dataset` with an image and a label column, a folder of images by class, a torch
+            `Dataset` of (image, label), or a stream: a `datasets.IterableDataset` or a torch `IterableDataset`.
         eval_dataset (*optional*): Validation data of the same kinds, for the schedule and the choice of the best
             weights. `None`: a stratified 5 % of the training set is held out. Never the test set.
         callbacks (`list[TrainerCallback]`, *optional*), optimizers (*optional*): As in `Trainer`.
@@ -75,6 +79,7 @@ class AutoLoraTrainer(PublishingTrainer):
         args = args or AutoLoraTrainingArguments("autolora-output")
         if not isinstance(args, AutoLoraTrainingArguments):
             raise TypeError(f"`args` must be AutoLoraTrainingArguments, got {type(args).__name__}.")
+        check_parallelism(args)
         if train_dataset is None:
             raise ValueError("AutoLoraTrainer needs a `train_dataset`.")
         if optimizers[1] is not None:
@@ -105,16 +110,23 @@ class AutoLoraTrainer(PublishingTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.plan["environment"] = run_environment(self)
         self.add_callback(_AutoLoraCallback(self))
+        self._guard = StepGuard(self)
+        self.add_callback(self._guard)
+        self._diagnosis = DiagnosisCallback(self, Path(args.output_dir) / PLAN)
+        self.add_callback(self._diagnosis)
+        if isinstance(train, PixelDataset):  # a stream reports broken images itself
+            self.add_callback(BrokenImagesCallback(train))
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(EpochTableCallback())
+        # Weights that were drawn at random may differ.
+        synchronize(self.model.parameters())
         self._normalize = Normalize(model.preprocessing).to(args.device)
         self._train_attack, self._eval_attack = args.training_attack(), args.validation_attack()
-        self._terms: dict[str, list[Tensor]] = defaultdict(list)
-        self._micro_step = (-1, 0)
-        self._eval_generator: torch.Generator | None = None
+        self._evaluated = 0
         self._frozen: FrozenRoute | None = None
-        if len(validation) < 50:
+        if len(validation) < 50 and args.process_index == 0:
             logger.warning(
                 "Only %d validation images: robust accuracy moves in steps of %.0f points, and it decides about the "
                 "learning rate and the best weights. Pass an `eval_dataset` or raise `validation_fraction`.",
@@ -123,33 +135,18 @@ class AutoLoraTrainer(PublishingTrainer):
             )
         if args.should_save:
             write_json(self.plan, Path(args.output_dir) / PLAN)
+        check_shared_folder(args, Path(args.output_dir) / PLAN)
         shown = {**self.plan, "training_data": self.plan["training_data"]["name"] or "in memory"}
+        del shown["environment"]
         logger.info("Training plan: %s", ", ".join(f"{key} {value}" for key, value in shown.items()))
 
     # ---- data and plan ----
 
     def _prepare_data(self, model: AutoLoraModel, args: AutoLoraTrainingArguments, train: Any, validation: Any) -> Any:
-        columns = {"image_column": args.image_column, "label_column": args.label_column}
-        preprocessing = model.preprocessing
-        if validation is not None:
-            _refuse_test_split(validation)
-        train = as_pixel_dataset(train, preprocessing, augmentation=args.augmentation, name="train_dataset", **columns)
-        check_labels(train.labels, model.num_classes, "train_dataset")
+        train, validation = prepare_data(train, validation, args, model.preprocessing, model.num_classes)
         if train.class_names and len(train.class_names) == model.num_classes:
             # The checkpoint may bring the names of another task.
             model.label_names = list(train.class_names)
-        if validation is None:
-            kept, held_out = stratified_split(train.labels, args.validation_fraction, args.seed)
-            return train.select(kept), train.select(held_out, augmentation="none")
-        validation = as_pixel_dataset(validation, preprocessing, name="eval_dataset", **columns)
-        check_labels(validation.labels, model.num_classes, "eval_dataset")
-        check_class_names(train.class_names, validation.class_names, "eval_dataset")
-        if same_data(train, validation):
-            raise ValueError(
-                "`eval_dataset` shares images with `train_dataset`. The schedule would see accuracy on memorised "
-                "images and never halve the learning rate. Leave `eval_dataset` out, and a part of the training set "
-                "is held out by itself."
-            )
         return train, validation
 
     @staticmethod
@@ -204,6 +201,13 @@ class AutoLoraTrainer(PublishingTrainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The batches of one optimizer step, each with what this process computes of it under `"share"`."""
+        batches, number = super().get_batch_samples(epoch_iterator, num_batches, device)
+        ending = self.train_dataset if self.accelerator.gradient_state.end_of_dataloader else None
+        shares = step_shares([len(batch["labels"]) for batch in batches], self.args, ending)
+        return [{**batch, "share": share} for batch, share in zip(batches, shares, strict=True)], number
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -212,56 +216,50 @@ class AutoLoraTrainer(PublishingTrainer):
         num_items_in_batch: Any = None,
     ) -> Tensor:
         unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        loss = call_inside(model, unwrapped, self._objective_loss, inputs["pixel_values"], inputs["labels"])
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"The loss is {loss.item()} at step {self.state.global_step}. The last good checkpoint is in "
-                f"{self.args.output_dir}: resume from it with a lower `learning_rate`, or in float32 instead of fp16."
-            )
-        return loss
+        pixels, labels = inputs["pixel_values"], inputs["labels"]
+        share = inputs.get("share", Share.whole(len(labels)))
+        return call_inside(model, unwrapped, self._objective_loss, pixels, labels, share)
 
-    def _objective_loss(self, pixels: Tensor, labels: Tensor) -> Tensor:
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        self._guard.gradient_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self._guard.gradient_norm
+
+    def _objective_loss(self, pixels: Tensor, labels: Tensor, share: Share) -> Tensor:
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        # A process without samples of its own still takes part, with weight 0.
+        own = max(share.count, 1)
 
         def forward(route: str, images: Tensor) -> Tensor:
             with model.route(route):
-                return logits_of(model(self._images(model, images)))
+                return logits_of(model(self._images(model, images)))[:own]
 
         adversarial = None
         if self.objective.needs_adversarial:
-            generator = self._step_generator(pixels.device)
-            adversarial = self._attack(model, self._train_attack, pixels, labels, generator)
-        output = self.objective(forward, Batch(pixels, adversarial, labels), self.lr_scheduler.scalars)
-        for name, value in output.terms.items():
-            self._terms[name].append(value)
-        return output.loss
+            key = (self.args.seed, TRAINING, self.state.global_step)
+            adversarial = self._attack(model, self._train_attack, pixels, labels, *key, first=share.first)
+        output = self.objective(forward, Batch(pixels, adversarial, labels[:own]), self.lr_scheduler.scalars)
+        terms = {name: value * share.weight for name, value in output.terms.items()}
+        return self._guard.checked(output.loss * share.weight, terms, pixels, adversarial)
 
     def _images(self, model: AutoLoraModel, pixels: Tensor) -> Tensor:
         """Pixels as the model takes them: normalised, in its precision."""
         return self._normalize(pixels).to(next(model.parameters()).dtype)
 
     def _attack(
-        self, model: AutoLoraModel, attack: PGD, pixels: Tensor, labels: Tensor, generator: torch.Generator
+        self, model: AutoLoraModel, attack: PGD, pixels: Tensor, labels: Tensor, *key: int, first: int
     ) -> Tensor:
         """Attacks the deployed route, by way of a frozen copy: the same function, with less work in each pass."""
         if self._frozen is None:
             self._frozen = FrozenRoute(model, ROBUST)
-        return attack(self._frozen.refresh(), pixels, labels, generator=generator)
-
-    def _step_generator(self, device: torch.device) -> torch.Generator:
-        """A generator that depends on seed, step, micro step and process alone.
-
-        Random starts then neither disturb the random state of the data order nor depend on where a run was resumed.
-        """
-        step = self.state.global_step
-        self._micro_step = (step, self._micro_step[1] + 1 if self._micro_step[0] == step else 0)
-        return _generator(device, self.args.seed, *self._micro_step, self.args.process_index)
+        start = random_starts(pixels, self.args.threat_model, *key, first=first)
+        return attack(self._frozen.refresh(), pixels, labels, start=start)
 
     # ---- evaluation ----
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        # The same random starts in every epoch: differences in robust accuracy then come from the weights.
-        self._eval_generator = _generator(self.args.device, self.args.seed, self.args.process_index)
+        self._evaluated = 0
+        # What is evaluated is what the main process saves.
+        synchronize(self.model.buffers())
         return super().evaluation_loop(*args, **kwargs)
 
     def prediction_step(
@@ -270,23 +268,26 @@ class AutoLoraTrainer(PublishingTrainer):
         inputs: dict[str, Tensor],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None, Tensor | None]:
+    ) -> tuple[Tensor | None, tuple[Tensor, Tensor, Tensor] | None, Tensor | None]:
         """Logits of the natural route, of the deployed route on clean and on adversarial images."""
         inputs = self._prepare_inputs(inputs)
         pixels, labels = inputs["pixel_values"], inputs["labels"]
         model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         with self.compute_loss_context_manager():
-            adversarial = self._attack(model, self._eval_attack, pixels, labels, self._eval_generator)
+            # The same random starts in every epoch: differences in robust accuracy then come from the weights.
+            key, first = (self.args.seed, EVALUATION), self._evaluated + self.args.process_index * len(labels)
+            adversarial = self._attack(model, self._eval_attack, pixels, labels, *key, first=first)
+            self._evaluated += self.args.world_size * len(labels)
             with torch.no_grad():
                 images = self._images(model, pixels)
                 with model.route(NATURAL):
                     natural = logits_of(model(images))
                 with model.route(ROBUST):
                     clean, robust = logits_of(model(images)), logits_of(model(self._images(model, adversarial)))
-        loss = F.cross_entropy(robust.float(), labels)
         if prediction_loss_only:
-            return loss, None, None
-        return loss, (natural.float(), clean.float(), robust.float()), labels
+            return F.cross_entropy(robust.float(), labels), None, None
+        # The loss is a metric, since `Trainer` would count repeated samples in it.
+        return None, (natural.float(), clean.float(), robust.float()), labels
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluation during training: after it, the controller decides about the next epoch."""
@@ -300,6 +301,7 @@ class AutoLoraTrainer(PublishingTrainer):
         if accuracy is not None:
             logs = {"train_natural_route_accuracy": accuracy, **scalars._asdict(), **logs}
         self.log(logs)
+        self._diagnosis.after_epoch()
         if self.lr_scheduler.finished:
             logger.info("The learning rate is below %g: training is over.", self.args.min_learning_rate)
             self.control.should_training_stop = True
@@ -307,7 +309,7 @@ class AutoLoraTrainer(PublishingTrainer):
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         best = self.state.best_metric
-        if best is not None and best <= 1 / self.model.num_classes:
+        if self.args.greater_is_better and best is not None and best <= 1 / self.model.num_classes:
             # Up to chance level one epoch is as good as another: take the latest instead of the first.
             self.state.best_metric = None
         return super()._determine_best_metric(metrics, trial)
@@ -316,13 +318,15 @@ class AutoLoraTrainer(PublishingTrainer):
     def natural_training_accuracy(self) -> float:
         """SA: accuracy of the natural route on the clean training images, without augmentation, in eval mode."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        plain = self.train_dataset.select(range(len(self.train_dataset)), augmentation="none")
+        plain = unaugmented(self.train_dataset)
         hits, total = 0, 0
         with attack_mode(model), model.route(NATURAL):
-            for inputs in self.get_eval_dataloader(plain):
+            # Not `get_eval_dataloader`, which returns that of the validation set if its workers are persistent.
+            for inputs in self.get_test_dataloader(plain):
                 inputs = self._prepare_inputs(inputs)
-                predictions = logits_of(model(self._images(model, inputs["pixel_values"]))).argmax(-1)
-                hit = self.accelerator.gather_for_metrics(predictions == inputs["labels"])
+                logits = logits_of(model(self._images(model, inputs["pixel_values"])))
+                right = (logits.argmax(-1) == inputs["labels"]) & ~logits.isnan().any(-1)
+                hit = self.accelerator.gather_for_metrics(right)
                 hits, total = hits + hit.sum().item(), total + len(hit)
         return hits / total
 
@@ -330,8 +334,9 @@ class AutoLoraTrainer(PublishingTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs |= {name: torch.stack(values).mean().item() for name, values in self._terms.items()}
-            self._terms.clear()
+            means = self._guard.pop_means()
+            logs |= {name: self.accelerator.reduce(mean, "mean").item() for name, mean in means.items()}
+            logs["skipped_steps"] = self.lr_scheduler.skipped_steps
         super().log(logs, start_time)
 
     # ---- checkpoints ----
@@ -342,13 +347,6 @@ class AutoLoraTrainer(PublishingTrainer):
         if self.args.should_save:
             self.model.save_pretrained(folder)
             write_atomically(folder / "training_args.json", (self.args.to_json_string() + "\n").encode())
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.model.load_weights(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        logger.info("Loading the best weights, from %s.", self.state.best_model_checkpoint)
-        self.model.load_weights(self.state.best_model_checkpoint)
 
 
 class _AutoLoraCallback(TrainerCallback):
@@ -370,26 +368,20 @@ class _AutoLoraCallback(TrainerCallback):
         if scheduler.reload_due and state.best_model_checkpoint is not None:
             self.trainer._load_best_model()
         scheduler.reload_due = False
+        # Accelerate's data loaders do so too, but not where the batches are shared out or skipped.
+        self.trainer.train_dataset.set_epoch(int(state.epoch + 1e-6))
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # A checkpoint does not hold what has been summed up since the last log, so nothing is carried over.
+        control.should_log |= args.logging_strategy != IntervalStrategy.NO
 
 
 def _accuracies(prediction: EvalPrediction) -> dict[str, float]:
-    natural, clean, robust = (np.argmax(logits, -1) == prediction.label_ids for logits in prediction.predictions)
+    natural, clean, robust = (hits(logits, prediction.label_ids) for logits in prediction.predictions)
     return {
         "natural_accuracy": clean.mean(),
         "robust_accuracy": robust.mean(),
         "natural_route_accuracy": natural.mean(),
+        **prediction_shares(prediction.predictions[1], clean, robust),
+        "loss": F.cross_entropy(*map(torch.from_numpy, (prediction.predictions[2], prediction.label_ids))).item(),
     }
-
-
-def _generator(device: torch.device, *key: int) -> torch.Generator:
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
-    return torch.Generator(device=device).manual_seed(seed)
-
-
-def _refuse_test_split(validation: Any) -> None:
-    if is_test_split(getattr(validation, "split", None)):
-        raise ValueError(
-            "`eval_dataset` is the 'test' split. Its accuracy would choose the learning rate and the best weights, so "
-            "the reported test accuracy would be too good. Leave `eval_dataset` out (a part of the training set is "
-            "held out by itself) or pass a validation split, and give the test split to `evaluate_robustness`."
-        )

@@ -1,0 +1,49 @@
+"""What attacks see of a model."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..attacks.pgd import logits_of
+
+
+class AttackView(nn.Module):
+    """What attacks see of a model: float32 pixels in [0, 1] to a fresh float32 tensor of logits N x K.
+
+    Args:
+        model (`nn.Module`): An [`AutoLoraModel`], or a module that maps pixels to logits or an output with `.logits`.
+        route (`str`): Route of the AutoLoRa model.
+    """
+
+    def __init__(self, model: nn.Module, route: str = "robust") -> None:
+        super().__init__()
+        self.dtype = torch.float32
+        if hasattr(model, "pixel_space"):
+            self.model = model.pixel_space(route=route)
+        else:
+            self.model = model
+            kinds = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+            # A model wholly in half or double precision takes only its own kind.
+            if len(kinds) == 1:
+                self.dtype = kinds.pop()
+        self.on_pass: Callable[[], None] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is; the CPU for one without parameters and buffers."""
+        return next(itertools.chain(self.parameters(), self.buffers()), torch.empty(0)).device
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        logits = logits_of(self.model(pixels.to(self.dtype))).float()
+        if pixels.requires_grad and torch.is_grad_enabled() and not logits.requires_grad:
+            # Attacks differentiate without asking. A model that is not differentiable has zero gradient here, and the
+            # report says so.
+            logits = logits + 0 * pixels.flatten(1)[:, :1]
+        if self.on_pass is not None:
+            self.on_pass()
+        # AutoAttack's Square writes into the logits, which may be a view of the model's own memory.
+        return logits.clone()
