@@ -27,6 +27,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
+import timm
+import torch
+import transformers
+from PIL import Image
+
+from autolora_hf import AutoLoraConfig, AutoLoraTrainer, AutoLoraTrainingArguments, get_autolora_model
+from autolora_hf.digests import weights_digest
+
 
 EPOCHS = 5
 # Validation accuracies that halve the learning rate after epoch 4 and bring the weights of epoch 2 back.
@@ -99,14 +109,6 @@ class Kill:
 
 
 def make_trainer(setup: Setup, folder: Path) -> Any:
-    import datasets
-    import numpy as np
-    import timm
-    import torch
-    from PIL import Image
-
-    from autolora_hf import AutoLoraConfig, AutoLoraTrainer, AutoLoraTrainingArguments, get_autolora_model
-
     torch.manual_seed(0)
     model = timm.create_model(setup.model, num_classes=4, **setup.model_options)
     model = get_autolora_model(model, AutoLoraConfig(**setup.config), image_size=32)
@@ -183,9 +185,6 @@ def attempt(setup: Setup, folder: Path, kill: Kill | None, rank: int, port: int,
     with open(folder.parent / f"log-{rank}.txt", "a", encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    import torch
-    import transformers
-
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     trainer = make_trainer(setup, folder)
@@ -197,10 +196,6 @@ def attempt(setup: Setup, folder: Path, kill: Kill | None, rank: int, port: int,
 
 def outcome(trainer: Any, folder: Path) -> dict[str, Any]:
     """All that has to be the same: final weights, schedule, history, and every checkpoint that is left."""
-    import torch
-
-    from autolora_hf.digests import weights_digest
-
     timed = ("runtime", "_per_second", "flos")
     history = [{k: v for k, v in entry.items() if not k.endswith(timed)} for entry in trainer.state.log_history]
     result = {
@@ -298,8 +293,8 @@ def differences(first: Any, second: Any, name: str = "") -> list[str]:
 
 def run_setup(setup: Setup, kills: int, seed: int, per_run: int = 4) -> dict[str, Any]:
     """Kills runs of one setup `kills` times in all and compares each finished run with one that was not killed."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["autolora_hf", "timm", "datasets"])
+    # Children start with everything imported. Nothing in this process has used a thread, which would not survive.
+    context = multiprocessing.get_context("fork")
     generator = random.Random(f"{seed} {setup.name}")
     with tempfile.TemporaryDirectory() as home:
         whole = Path(home) / "whole" / "run"

@@ -14,7 +14,7 @@ from tiny_models import IMAGE_SIZE, MODELS
 from torch.utils.data import DataLoader, Subset
 from torchvision.transforms import v2
 
-from autolora_hf import AutoLoraTrainer
+from autolora_hf import AutoLoraTrainer, ThreatModel, evaluate_robustness
 from autolora_hf.data import (
     BrokenImageError,
     PixelTransform,
@@ -397,3 +397,21 @@ def test_the_transform_alone_still_draws_from_the_global_generator():
     transform = PixelTransform(Preprocessing((IMAGE_SIZE, IMAGE_SIZE)), "crop-flip")
     made = [transform(picture(0, (32, 32))) for _ in range(6)]
     assert any(not torch.equal(made[0], other) for other in made[1:])
+
+
+def test_the_evaluation_leaves_broken_images_out(tmp_path):
+    """And never puts another one in their place."""
+    broken = {3: TRUNCATED, 7: EMPTY, 8: MISSING}
+    data = as_pixel_dataset(spoiled_arrow(tmp_path, broken), PREPROCESSING, broken_images="skip")
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 64, 3))
+    options = {"threat_model": ThreatModel(eps=0.01), "attack": "pgd", "progress": False}
+    report = evaluate_robustness(model, data, **options)
+    assert report.sample_indices == [i for i in range(12) if i not in broken]
+    assert report.natural.total == report.robust.total == 9 and report.dataset_size == 12
+    (warning,) = [text for text in report.warnings if "cannot be read" in text]
+    assert "3 of 12 images" in warning and "image[3]" in warning and "left out" in warning
+    with pytest.raises(BrokenImageError, match=r"image\[3\]"):
+        evaluate_robustness(model, data, sample_indices=[0, 3], **options)
+    spoiled = as_pixel_dataset(spoiled_arrow(tmp_path, dict.fromkeys(range(12), TEXT)), PREPROCESSING)
+    with pytest.raises(BrokenImageError, match=r"12 of 12 images.*Nothing is left"):
+        evaluate_robustness(model, spoiled, **options)

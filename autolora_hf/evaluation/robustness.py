@@ -62,7 +62,8 @@ def evaluate_robustness(
         model (`nn.Module`): An [`AutoLoraModel`], or any module that maps pixels in [0, 1], N x C x H x W, to logits.
         dataset: What [`as_pixel_dataset`] accepts (a `datasets.Dataset`, a folder of images, a torch `Dataset`), or
             a tuple or `TensorDataset` of float pixels N x C x H x W in [0, 1] and integer labels N. A plain module
-            states no preprocessing, so it takes tensors or the result of [`as_pixel_dataset`].
+            states no preprocessing, so it takes tensors or the result of [`as_pixel_dataset`]. Images that cannot be
+            read are left out, and the report says which.
         threat_model (`ThreatModel`, *optional*): Norm and radius of the ball. `None`: the one of the AutoLoRa model.
         attack (`str`, `PGD`, callable, or a list of these): `"autoattack"`; `"pgd"` for PGD with 10 steps; or anything
             called as `attack(model, pixels, labels) -> pixels`.
@@ -148,7 +149,7 @@ def evaluate_robustness(
             batch_size=batch_size,
             versions=_versions(),
         )
-        report.warnings = [*standard_warnings(report), *notes]
+        report.warnings = [*standard_warnings(report), *samples.notes, *notes]
         # Its times and notes are those of the main process.
         return processes.gather(report)[0]
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from ..data import as_pixel_dataset, collate, stratified_subset
+from ..data import PixelDataset, as_pixel_dataset, collate, find_broken, listing, stratified_subset
+from ..data.images import BrokenImageError
 from ..pixels import check_pixels
 
 
@@ -29,6 +30,7 @@ class Samples:
         indices (`list[int]`): Positions of the chosen images in the data set.
         labels (`Tensor`): Their class indices, N, on the CPU.
         dataset_size (`int`): Number of images in the data set.
+        notes (`list[str]`): What a reader of the results has to know about the images.
     """
 
     def __init__(
@@ -52,20 +54,36 @@ class Samples:
         else:
             if preprocessing is not None:
                 dataset = as_pixel_dataset(dataset, preprocessing, name="dataset")
-                # An augmented training set would give another image at every reading.
-                dataset = dataset.select(range(len(dataset)), augmentation="none")
             elif not hasattr(dataset, "labels"):
                 raise TypeError(
                     "A plain module states no preprocessing, so `dataset` must be (pixels, labels), a TensorDataset "
                     f"or the result of `as_pixel_dataset(source, preprocessing)`, got {type(dataset).__name__}."
                 )
+            if isinstance(dataset, PixelDataset):
+                # A training set would give another image at every reading, and other images for broken ones.
+                dataset = dataset.select(range(len(dataset)), augmentation="none", broken_images="raise")
             labels = torch.as_tensor(dataset.labels, dtype=torch.long)
         self.source = dataset
         self.dataset_size = len(labels)
         if self.dataset_size == 0:
             raise ValueError("`dataset` is empty.")
+        self.notes: list[str] = []
         self.indices = _choose(labels.tolist(), max_samples, sample_indices, seed)
+        # Images that were asked for one by one are all needed.
+        if isinstance(dataset, PixelDataset) and sample_indices is None:
+            self._leave_out_broken(dataset)
         self.labels = labels[self.indices]
+
+    def _leave_out_broken(self, dataset: PixelDataset) -> None:
+        """Leaves out images that cannot be read: another one in their place would be counted twice."""
+        broken = find_broken(dataset, self.indices)
+        if not broken:
+            return
+        found = f"{len(broken)} of {len(self.indices)} images cannot be read: {listing(dataset, broken)}."
+        if len(broken) == len(self.indices):
+            raise BrokenImageError(f"{found} Nothing is left to evaluate.")
+        self.notes.append(f"{found} They are left out of every figure.")
+        self.indices = sorted(set(self.indices) - set(broken))
 
     def __len__(self) -> int:
         return len(self.indices)
