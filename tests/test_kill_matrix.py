@@ -1,0 +1,49 @@
+"""Training runs that are killed at random moments end as if nothing had happened."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "kill_matrix.py"
+KILLS = 7
+
+
+def load():
+    spec = importlib.util.spec_from_file_location("kill_matrix", SCRIPT)
+    sys.modules["kill_matrix"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+matrix = load()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [setup.name for setup in matrix.SETUPS])
+def test_killed_runs_end_with_the_same_bits(tmp_path, name):
+    """42 kills in all. In a process of its own, since it forks."""
+    report = tmp_path / "report.json"
+    command = [sys.executable, str(SCRIPT), "--kills", str(KILLS), "--only", name, "--output", str(report)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = json.loads(report.read_text())["rows"]
+    assert row["kills"] == KILLS and row["runs_equal"] == row["runs"] > 0
+
+
+def test_a_difference_is_noticed():
+    """One value anywhere in what a run ends with is enough."""
+    result = {"weights": "ab", "history": [{"loss": 0.5}], "checkpoints": {"checkpoint-3/model.safetensors": "cd"}}
+    assert matrix.differences([result], [json.loads(json.dumps(result))]) == []
+    changed = json.loads(json.dumps(result))
+    changed["history"][0]["loss"] = 0.5 + 2**-53
+    assert matrix.differences([result], [changed]) == ["/0/history/0/loss: 0.5 is not 0.5000000000000001"]
+    del changed["checkpoints"]["checkpoint-3/model.safetensors"]
+    assert len(matrix.differences([result], [changed])) == 2
+    assert matrix.differences([result], [result, result])
