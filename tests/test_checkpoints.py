@@ -1,5 +1,6 @@
 """Checkpoints that appear whole or not at all, and runs that go on from them."""
 
+import gc
 import json
 import logging
 import os
@@ -105,7 +106,7 @@ def test_the_latest_is_the_last_one_saved(tmp_path):
 
 # ---- runs ----
 
-ROBUST = [0.8, 0.9, 0.6, 0.7]
+ROBUST = [0.8, 0.9, 0.6, 0.7, 0.7, 0.7]
 
 
 def run(folder, resume=None, name="hf_vit", mode="adapter", epochs=4, **kwargs):
@@ -216,3 +217,20 @@ def test_the_conditions_are_recorded(tmp_path):
         os.path.getsize(Path(trainer.state.best_model_checkpoint) / "optimizer.pt")
         == seal["files"]["optimizer.pt"]["size"]
     )
+
+
+class OpenFiles(TrainerCallback):
+    def __init__(self):
+        self.counts = []
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        gc.collect()
+        self.counts.append(len(os.listdir("/proc/self/fd")))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
+def test_no_epoch_leaves_files_open(tmp_path):
+    """A run of a thousand epochs would reach the limit of the system."""
+    files = OpenFiles()
+    run(tmp_path, epochs=6, callbacks=[files], min_learning_rate=1e-12)
+    assert len(set(files.counts[1:])) == 1, files.counts

@@ -1,6 +1,7 @@
 """Data sets of every kind to pixels in [0, 1], labels, splits and their checks."""
 
 import io
+import itertools
 import logging
 import pickle
 from collections import Counter
@@ -236,8 +237,17 @@ class Stream(IterableDataset):
 
 @pytest.mark.parametrize("stream", [arrow().to_iterable_dataset(), Stream()], ids=["datasets", "torch"])
 def test_streams_are_refused(stream):
-    with pytest.raises(TypeError, match="streams are not supported"):
+    with pytest.raises(TypeError, match=r"Got a stream .*`as_pixel_stream`.*without `streaming=True`.*from_list"):
         as_pixel_dataset(stream, PREPROCESSING)
+
+
+def test_the_first_samples_of_a_stream_are_had_as_the_message_says():
+    stream = arrow().to_iterable_dataset()
+    kept = datasets.Dataset.from_list(list(stream.take(2)), features=stream.features)
+    found, expected = (as_pixel_dataset(data, PREPROCESSING) for data in (kept, arrow()))
+    assert len(as_pixel_dataset(list(itertools.islice(Stream(), 1)), PREPROCESSING)) == 1
+    assert torch.equal(found[1]["pixel_values"], expected[1]["pixel_values"])
+    assert (found.labels, found.class_names) == (expected.labels[:2], expected.class_names)
 
 
 def test_other_sources_are_refused():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tiny_models import MODELS, MODES, change_everything, pixels
 from autolora_hf import PGD, ThreatModel, evaluate_robustness, load_autolora_model
 from autolora_hf.evaluation import Accuracy
 from autolora_hf.hub.model_card import inline, rename_card, reports_of, write_model_card
+from autolora_hf.training.diagnosis import Finding
 
 
 THREAT = ThreatModel("linf", 1 / 255)
@@ -144,6 +146,55 @@ def test_names_of_strangers_cannot_break_the_page(tmp_path):
     rows = [line for line in card.text.splitlines() if "AutoAttack" in line and line.startswith("|")]
     assert len(rows) == 2 and {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {5}
     assert inline("a_b*c") == r"a\_b\*c" and inline("two\nlines") == "two lines"
+
+
+def card_of_plan(tmp_path, plan):
+    """The card of a model that was saved with a plan and loaded again, as one from a stranger."""
+    model = new_model("timm_vit", "full")
+    model.training_plan = plan
+    model.save_pretrained(tmp_path)
+    return ModelCard.load(write_model_card(tmp_path, load_autolora_model(tmp_path)))
+
+
+def test_warnings_of_the_training_are_listed(tmp_path):
+    found = [
+        Finding("natural_backbone", 0, "It is a *natural* backbone."),
+        Finding("one_class", 3.5, "It has collapsed. <b>Try</b> a lower `learning_rate` | eps."),
+    ]
+    warnings = [asdict(finding) for finding in found]
+    plan = {"epochs": 4, "warnings": warnings, "repair_warnings": warnings[:1], "repair_environment": {"torch": "2"}}
+    text = card_of_plan(tmp_path, plan).text
+    training = text[text.index("## Training") :]
+    table, _, listed = training.partition("Warnings during training:")
+    assert "| epochs | 4 |" in table and "warnings" not in table and "repair" not in table
+    assert listed.strip().splitlines() == [
+        r"- Epoch 0: It is a \*natural\* backbone.",
+        r"- Epoch 3.5: It has collapsed. \<b\>Try\</b\> a lower \`learning\_rate\` \| eps.",
+        r"- Epoch 0: It is a \*natural\* backbone.",
+    ]
+
+
+@pytest.mark.parametrize("warnings", [None, [], {}, "x", 3, [None], ["x"], [{}], [{"epoch": 1}], [{"message": [1]}]])
+def test_a_plan_without_warnings_has_no_list_of_them(tmp_path, warnings):
+    text = card_of_plan(tmp_path, {"epochs": 4, "warnings": warnings}).text
+    assert text.rstrip().endswith("| epochs | 4 |")
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {"warnings": [{"epoch": ["x"], "message": "# evil\u2028<script>| {{ 7 * 7 }}"}]},
+        {"warnings": [{"epoch": True, "message": "<script>"}, {"epoch": 10**15, "message": "- - -"}]},
+        {"training_data": "x"},
+        {"training_data": {"kind": "hub"}},
+        {"training_data": {"kind": "hub", "name": [1]}},
+        {"environment": "x", "extraction": 3, "halving_checkpoints": [{"a": None}]},
+    ],
+)
+def test_the_plan_of_a_stranger_cannot_break_the_page(tmp_path, plan):
+    text = card_of_plan(tmp_path, plan).text
+    assert not re.search(r"(?<!\\)<script", text) and not re.search(r"^# evil", text, re.MULTILINE)
+    assert len(re.findall(r"^## Training$", text, re.MULTILINE)) == 1
 
 
 def test_a_path_of_this_machine_stays_here(tmp_path):

@@ -72,7 +72,17 @@ class Poisoned(AutoLoraTrainer):
         return adversarial
 
     def _objective_loss(self, *args):
-        loss = super()._objective_loss(*args)
+        convolution = next(module for module in self.model.modules() if isinstance(module, torch.nn.Conv2d))
+
+        def overflow(module, inputs):
+            # Only where the objective is: the attack has been made by then, in eval mode.
+            return (inputs[0] * 1e25,) if self.spoilt == "activations" and self.model.training else None
+
+        hook = convolution.register_forward_pre_hook(overflow)
+        try:
+            loss = super()._objective_loss(*args)
+        finally:
+            hook.remove()
         if self.spoilt == "gradient":
             # Finite itself, with an infinite gradient.
             loss = loss + (loss - loss.detach()).abs().pow(0.5)
@@ -95,25 +105,26 @@ def loss_becomes(trainer, value, when):
     trainer.objective = Spoilt()
 
 
-@pytest.mark.parametrize("what", ["image", "far image", "statistics", "gradient", "loss"])
+@pytest.mark.parametrize("what", ["image", "far image", "statistics", "activations", "gradient", "loss"])
 @pytest.mark.parametrize(("name", "mode"), [("timm_resnet", "full"), ("timm_resnet", "adapter"), ("hf_vit", "full")])
 def test_a_bad_step_leaves_no_trace(tmp_path, caplog, name, mode, what):
-    if what == "statistics" and name == "hf_vit":
+    if what in ("statistics", "activations") and name == "hf_vit":
         pytest.skip("has no running statistics")
-    trainer = new_trainer(tmp_path, name, mode, kind=poisoned({(1, 0): what}), max_grad_norm=1.0)
+    options = {"max_grad_norm": 1.0, "num_train_epochs": 1}
+    trainer = new_trainer(tmp_path, name, mode, kind=poisoned({(1, 0): what}), **options)
     if what == "loss":
         loss_becomes(trainer, math.inf, {(1, 0)})
     caplog.set_level(logging.WARNING)
     trainer.train()
     # Step 0 made the optimizer state that step 1 must leave alone.
     assert trainer.changed(1) == set()
-    for step in (0, 2, 3, 4, 5):
-        assert trainer.changed(step), step
-    assert logged(trainer, "skipped_steps") == [1, 1]
+    assert trainer.changed(0) and trainer.changed(2)
+    assert logged(trainer, "skipped_steps") == [1]
     assert trainer.lr_scheduler.skipped_in_a_row == 0
     assert np.isfinite([*logged(trainer, "loss"), *logged(trainer, "kl"), *logged(trainer, "robust_loss")]).all()
     (message,) = [record.getMessage() for record in caplog.records if "was skipped" in record.getMessage()]
     expected = {"image": "adversarial images", "far image": "adversarial images", "statistics": "running statistics"}
+    expected["activations"] = "running statistics"
     assert message.startswith("Step 1 ") and {**expected, "gradient": "gradients", "loss": "loss"}[what] in message
 
 
@@ -126,9 +137,9 @@ def test_nothing_is_skipped_in_a_healthy_run(tmp_path, caplog):
 
 
 def test_the_guard_changes_no_bit_of_a_healthy_run(tmp_path, monkeypatch):
-    guarded = new_trainer(tmp_path / "a", "timm_resnet")
+    guarded = new_trainer(tmp_path / "a", "timm_resnet", num_train_epochs=1)
     guarded.train()
-    plain = new_trainer(tmp_path / "b", "timm_resnet")
+    plain = new_trainer(tmp_path / "b", "timm_resnet", num_train_epochs=1)
     monkeypatch.setattr(plain._guard, "checked", lambda loss, *args: loss)
     plain.train()
     states = guarded.model.state_dict(), plain.model.state_dict()
@@ -211,7 +222,7 @@ class FakeScaler(torch.amp.GradScaler):
 
 @pytest.mark.parametrize(("above", "fatal"), [(2, False), (0, True)])
 def test_looking_for_the_scale_is_no_failure(tmp_path, caplog, above, fatal):
-    trainer = new_trainer(tmp_path, "timm_resnet", kind=poisoned({}), num_train_epochs=4)
+    trainer = new_trainer(tmp_path, "timm_resnet", kind=poisoned({}), num_train_epochs=3 if fatal else 2)
     trainer.accelerator.scaler = FakeScaler(above)
     if fatal:
         # 8, 4, 2, 1 are the search; after that it is not the scale.
@@ -220,7 +231,7 @@ def test_looking_for_the_scale_is_no_failure(tmp_path, caplog, above, fatal):
         return
     trainer.train()
     assert [bool(trainer.changed(step)) for step in range(4)] == [False, False, True, True]
-    assert logged(trainer, "skipped_steps") == [0] * 4
+    assert logged(trainer, "skipped_steps") == [0] * 2
     assert "was skipped, because" not in caplog.text
 
 

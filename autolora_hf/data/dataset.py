@@ -232,9 +232,11 @@ def as_pixel_dataset(
         )
     if isinstance(source, (datasets.IterableDataset, IterableDataset)):
         raise TypeError(
-            f"Got a stream ({type(source).__name__}); streams are not supported: holding out a validation split and "
-            "checking the labels need random access. Load the data without `streaming=True`, or give a data set with "
-            "`__len__` and `__getitem__`."
+            f"Got a stream ({type(source).__name__}) where every image must be had by its position. "
+            "`AutoLoraTrainer` takes streams as training and validation data, and `as_pixel_stream` opens one. To "
+            "measure on it, load it without `streaming=True`, or keep its first n samples in memory: "
+            "`datasets.Dataset.from_list(list(stream.take(n)), features=stream.features)`; of a torch "
+            "`IterableDataset`: `list(itertools.islice(stream, n))`."
         )
     if isinstance(source, (str, Path)):
         source = ClassFolder(source)

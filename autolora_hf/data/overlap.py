@@ -17,7 +17,7 @@ from .stored import NOT_ENCODED, StoredImages, file_digests, pixel_digest
 logger = logging.getLogger(__name__)
 
 # Public data sets have a few exact duplicates across their own official splits, which their users cannot help.
-_TOLERATED_SHARE = 0.01
+TOLERATED_SHARE = 0.01
 
 # Bounds of the comparison of decoded images: one to two minutes on one core. Files are compared without decoding,
 # whatever their number.
@@ -49,7 +49,7 @@ class Overlap:
     @property
     def tolerable(self) -> bool:
         """Whether it may be chance: equal images that are at most 1 % of `second`."""
-        return not self.positions or (not self.same_rows and len(self) <= _TOLERATED_SHARE * len(self.second))
+        return not self.positions or (not self.same_rows and len(self) <= TOLERATED_SHARE * len(self.second))
 
     def __str__(self) -> str:
         pairs = [

@@ -51,17 +51,17 @@ class ArrowSource:
     def __init__(self, dataset: datasets.Dataset, image_column: str | None, label_column: str | None) -> None:
         self.dataset = dataset
         features = dataset.features
-        listing = ", ".join(f"{name} ({_feature_name(feature)})" for name, feature in features.items())
+        listing = ", ".join(f"{name} ({feature_name(feature)})" for name, feature in features.items())
         images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
         classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-        self.image_column = _pick("image_column", image_column, images, IMAGE_NAMES, list(features), listing)
-        self.label_column = _pick("label_column", label_column, classes, LABEL_NAMES, list(features), listing)
-        self.class_names = _class_names(dataset, self.label_column)
+        self.image_column = find_column("image_column", image_column, images, IMAGE_NAMES, list(features), listing)
+        self.label_column = find_column("label_column", label_column, classes, LABEL_NAMES, list(features), listing)
+        self.class_names = class_names_of(dataset, self.label_column)
         self._rows = dataset.select_columns([self.image_column, self.label_column]).with_format("arrow")
         self._feature = features[self.image_column] if self.image_column in images else None
         if self._feature is None:
             # Without a format arrays come as nested lists, and NumPy's own default makes every integer an int64.
-            arguments = {"columns": [self.image_column], "dtype": _value_type(features[self.image_column])}
+            arguments = {"columns": [self.image_column], "dtype": value_type(features[self.image_column])}
             self._rows = self._rows.with_format("numpy", output_all_columns=True, **arguments)
 
     def __len__(self) -> int:
@@ -77,7 +77,7 @@ class ArrowSource:
         if self._feature is None:
             return row[self.image_column], row[self.label_column]
         image, label = (row.column(name)[0].as_py() for name in (self.image_column, self.label_column))
-        return _decoded(image, self._feature), label
+        return decode_stored(image, self._feature), label
 
     @cached_property
     def labels(self) -> list[int]:
@@ -109,15 +109,15 @@ class MapSource:
         self.image_column, self.label_column = "image", "label"
         if self._by_key:
             keys, listing = list(item), ", ".join(map(str, item))
-            self.image_column = _pick("image_column", image_column, [], IMAGE_NAMES, keys, listing)
-            self.label_column = _pick("label_column", label_column, [], LABEL_NAMES, keys, listing)
+            self.image_column = find_column("image_column", image_column, [], IMAGE_NAMES, keys, listing)
+            self.label_column = find_column("label_column", label_column, [], LABEL_NAMES, keys, listing)
         elif not isinstance(item, (tuple, list)) or len(item) != 2:
             size = f" of {len(item)}" if isinstance(item, (tuple, list)) else ""
             raise TypeError(
                 "Items of the data set must be pairs (image, label) or dictionaries with an image and a label, got "
                 f"{type(item).__name__}{size}."
             )
-        self.class_names = _class_names(dataset, self.label_column)
+        self.class_names = class_names_of(dataset, self.label_column)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -240,7 +240,7 @@ def _first_readable(dataset: Any) -> Any:
     raise BrokenImageError(f"None of the {len(dataset)} images can be read. The last one: {last}")
 
 
-def _decoded(value: Mapping | None, feature: datasets.Image) -> Image.Image:
+def decode_stored(value: Mapping | None, feature: datasets.Image) -> Image.Image:
     """The image of a row as Arrow holds it: the bytes of a file, or where it is."""
     data, path = (value or {}).get("bytes"), (value or {}).get("path")
     if data is None and path is None:
@@ -282,11 +282,12 @@ def _stored_labels(dataset: Any, label_column: str) -> list[int] | None:
     return labels if len(labels) == len(dataset) else None
 
 
-def _class_names(dataset: Any, label_column: str) -> list[str] | None:
+def class_names_of(dataset: Any, label_column: str) -> list[str] | None:
+    """The names that a data set gives its classes, in the order of their indices."""
     if isinstance(dataset, Subset):
-        return _class_names(dataset.dataset, label_column)
+        return class_names_of(dataset.dataset, label_column)
     if isinstance(dataset, ConcatDataset):
-        names = [_class_names(part, label_column) for part in dataset.datasets]
+        names = [class_names_of(part, label_column) for part in dataset.datasets]
         return names[0] if all(other == names[0] for other in names) else None
     if isinstance(dataset, datasets.Dataset):
         return getattr(dataset.features.get(label_column), "names", None)
@@ -299,7 +300,7 @@ def _column(dataset: datasets.Dataset, name: str) -> list[Any]:
     return dataset.with_format("arrow").select_columns([name])[:].column(0).to_pylist()
 
 
-def _pick(
+def find_column(
     argument: str, given: str | None, typed: list[str], names: tuple[str, ...], available: list[Any], listing: str
 ) -> str:
     """The column that was asked for, else the only one of the right type, else the only one of a usual name."""
@@ -320,13 +321,15 @@ def _is_visible_image(path: Path, root: Path) -> bool:
     return not hidden and path.suffix.lower() in IMG_EXTENSIONS
 
 
-def _value_type(feature: Any) -> str | None:
+def value_type(feature: Any) -> str | None:
+    """Type of the numbers in a column of nested lists."""
     while isinstance(feature, datasets.List):
         feature = feature.feature
     return getattr(feature, "dtype", None)
 
 
-def _feature_name(feature: Any) -> str:
+def feature_name(feature: Any) -> str:
+    """What messages call the type of a column."""
     return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
 
 

@@ -99,7 +99,7 @@ def stratified_split(
         )
     generator = np.random.default_rng(seed)
     total = min(max(1, round(len(labels) * fraction)), int(room.sum()))
-    held_out = _draw(labels, classes, _apportion(counts, room, total, generator), generator)
+    held_out = _draw(labels, classes, apportion(counts, room, total, generator), generator)
     if groups is not None:
         held_out = _follow_first(labels, held_out, groups)
     kept = np.setdiff1d(np.arange(len(labels)), held_out)
@@ -139,7 +139,7 @@ def stratified_subset(labels: Sequence[int], size: int, seed: int) -> list[int]:
         return list(range(len(labels)))
     classes, counts = np.unique(np.asarray(labels), return_counts=True)
     generator = np.random.default_rng(seed)
-    return _draw(labels, classes, _apportion(counts, counts, int(size), generator), generator).tolist()
+    return _draw(labels, classes, apportion(counts, counts, int(size), generator), generator).tolist()
 
 
 def is_integer(value: Any) -> bool:
@@ -147,7 +147,7 @@ def is_integer(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def _apportion(counts: np.ndarray, room: np.ndarray, total: int, generator: np.random.Generator) -> np.ndarray:
+def apportion(counts: np.ndarray, room: np.ndarray, total: int, generator: np.random.Generator) -> np.ndarray:
     """Seats of each class in proportion to `counts`, by largest remainder, at most `room` each, `total` together."""
     quotas = counts * (total / counts.sum())
     # The small addend undoes rounding errors such as 2.9999999999999996.

@@ -253,7 +253,7 @@ def file_digests(stored: StoredImages, rows: np.ndarray, whole: bool) -> np.ndar
     found = np.zeros(len(rows), np.uint64)
     for i, row in enumerate(rows):
         content = stored.encoded(int(row), None if whole else _TAIL)
-        found[i] = _hash(content, int(stored.sizes[row]))
+        found[i] = digest(content, int(stored.sizes[row]))
     return found
 
 
@@ -276,13 +276,14 @@ def pixel_digest(image: Any) -> int:
             image = image[..., 0]
         image = Image.fromarray(np.ascontiguousarray(image))
     image = to_rgb(image)
-    return _hash(image.tobytes(), *image.size)
+    return digest(image.tobytes(), *image.size)
 
 
-def _hash(content: Any, *numbers: int) -> int:
-    digest = hashlib.blake2b(content, digest_size=8)
-    digest.update(repr(numbers).encode())
-    return int.from_bytes(digest.digest(), "little")
+def digest(content: Any, *numbers: int) -> int:
+    """A hash of 64 bits of some bytes and numbers."""
+    found = hashlib.blake2b(content, digest_size=8)
+    found.update(repr(numbers).encode())
+    return int.from_bytes(found.digest(), "little")
 
 
 def _item_image(dataset: Any, row: int, image_column: str) -> Any:

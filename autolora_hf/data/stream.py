@@ -17,7 +17,7 @@ from ..pixels import Preprocessing
 from .dataset import BrokenImages
 from .images import Augmentation, BrokenImageError, PixelTransform, seeded
 from .sources import as_label
-from .splits import _apportion
+from .splits import apportion
 from .stored import StoredRows
 from .stream_sources import ArrowStream, Row, Scan, TorchStream, content_hash, scan_stream
 
@@ -384,7 +384,7 @@ def _held_out_counts(labels: np.ndarray, fraction: float, seed: int) -> dict[int
             "Give a validation set of its own."
         )
     total = min(max(1, round(len(labels) * fraction)), int(room.sum()))
-    seats = _apportion(counts, room, total, np.random.default_rng(seed))
+    seats = apportion(counts, room, total, np.random.default_rng(seed))
     return dict(zip(classes.tolist(), seats.tolist(), strict=True))
 
 

@@ -17,8 +17,17 @@ from PIL import Image
 from torch.utils.data import IterableDataset
 
 from .images import BrokenImageError, as_broken
-from .sources import IMAGE_NAMES, LABEL_NAMES, _class_names, _decoded, _feature_name, _pick, _value_type, as_label
-from .stored import _hash, pixel_digest
+from .sources import (
+    IMAGE_NAMES,
+    LABEL_NAMES,
+    as_label,
+    class_names_of,
+    decode_stored,
+    feature_name,
+    find_column,
+    value_type,
+)
+from .stored import digest, pixel_digest
 
 
 logger = logging.getLogger(__name__)
@@ -75,7 +84,7 @@ class ArrowStream:
                 "The stream was split with `split_dataset_by_node`, so each process would see another part of it. "
                 "Pass the whole stream: the trainer itself spreads every batch over the processes."
             )
-        parts = list(_parts(dataset._ex_iterable))
+        parts = list(stages(dataset._ex_iterable))
         if any(isinstance(part, RepeatExamplesIterable) and part.num_times is None for part in parts):
             raise ValueError(
                 "The stream has no end: it was made with `repeat(None)`. Training counts epochs, so pass the stream "
@@ -84,14 +93,16 @@ class ArrowStream:
         self.is_shuffled = any(isinstance(part, BufferShuffledExamplesIterable) for part in parts)
         features = dataset.features
         known = features if features is not None else dict.fromkeys(_first_item(dataset))
-        listing = ", ".join(f"{name} ({_feature_name(type_)})" if type_ else name for name, type_ in known.items())
+        listing = ", ".join(f"{name} ({feature_name(type_)})" if type_ else name for name, type_ in known.items())
         images = [name for name, feature in known.items() if isinstance(feature, datasets.Image)]
         classes = [name for name, feature in known.items() if isinstance(feature, datasets.ClassLabel)]
-        self.image_column = _pick("image_column", image_column, images, IMAGE_NAMES, list(known), listing)
-        self.label_column = _pick("label_column", label_column, classes, STREAM_LABEL_NAMES, list(known), listing)
+        self.image_column = find_column("image_column", image_column, images, IMAGE_NAMES, list(known), listing)
+        self.label_column = find_column(
+            "label_column", label_column, classes, STREAM_LABEL_NAMES, list(known), listing
+        )
         self.class_names = getattr(known[self.label_column], "names", None)
         self._feature = known[self.image_column] if self.image_column in images else datasets.Image()
-        self._value_type = None if self.image_column in images else _value_type(known[self.image_column])
+        self._value_type = None if self.image_column in images else value_type(known[self.image_column])
         columns = [name for name in (self.image_column, self.label_column, "__key__") if name in known]
         # Whatever may be shuffled in a buffer stays encoded.
         plain = dataset if features is None else dataset.decode(False)
@@ -119,7 +130,7 @@ class ArrowStream:
         Raises:
             BrokenImageError: If it is missing or broken.
         """
-        return _decoded(image, self._feature) if image is None or isinstance(image, Mapping) else image
+        return decode_stored(image, self._feature) if image is None or isinstance(image, Mapping) else image
 
 
 class TorchStream:
@@ -143,14 +154,14 @@ class TorchStream:
         self.image_column, self.label_column = "image", "label"
         if self._by_key:
             keys, listing = list(item), ", ".join(map(str, item))
-            self.image_column = _pick("image_column", image_column, [], IMAGE_NAMES, keys, listing)
-            self.label_column = _pick("label_column", label_column, [], STREAM_LABEL_NAMES, keys, listing)
+            self.image_column = find_column("image_column", image_column, [], IMAGE_NAMES, keys, listing)
+            self.label_column = find_column("label_column", label_column, [], STREAM_LABEL_NAMES, keys, listing)
         elif not isinstance(item, (tuple, list)) or len(item) != 2:
             raise TypeError(
                 "Items of the stream must be pairs (image, label) or dictionaries with an image and a label, got "
                 f"{type(item).__name__}."
             )
-        self.class_names = _class_names(dataset, self.label_column)
+        self.class_names = class_names_of(dataset, self.label_column)
 
     def rows(self, epoch: int = 0, seed: int | None = None, buffer_size: int = 1) -> Iterator[Row]:
         """See [`ArrowStream.rows`]."""
@@ -221,11 +232,11 @@ def content_hash(image: Any) -> int:
     """
     if isinstance(image, Mapping):
         data, path = image.get("bytes"), image.get("path")
-        return _hash(str(path).encode()) if data is None else _hash(data, len(data))
+        return digest(str(path).encode()) if data is None else digest(data, len(data))
     try:
         return pixel_digest(image)
     except Exception:  # nothing that the transform takes: it will say so
-        return _hash(repr(image).encode())
+        return digest(repr(image).encode())
 
 
 def load_shards(pattern: str | Path | list[str]) -> datasets.IterableDataset:
@@ -262,12 +273,12 @@ def _is_cycle(contents: array) -> bool:
     return np.unique(contents).size * 16 <= len(contents)
 
 
-def _parts(examples: Any) -> Iterator[Any]:
+def stages(examples: Any) -> Iterator[Any]:
     """The stages of a stream, from the last to the sources."""
     yield examples
     inner = [examples.ex_iterable] if hasattr(examples, "ex_iterable") else getattr(examples, "ex_iterables", [])
     for part in inner:
-        yield from _parts(part)
+        yield from stages(part)
 
 
 def _first_item(dataset: Any) -> Any:

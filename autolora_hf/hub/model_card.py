@@ -24,6 +24,8 @@ from ..saving import current_results
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 CARD = "README.md"
+# Of a training and of the repair of an adapter: what the table of the plan has no place for.
+_NOT_CELLS = ("environment", "repair_environment", "warnings", "repair_warnings")
 
 
 def write_model_card(
@@ -84,6 +86,8 @@ def write_model_card(
         own=results,
         publishable=any(report.publishable for report in results),
         plan=model.training_plan or {},
+        not_cells=_NOT_CELLS,
+        training_warnings=_training_warnings(model.training_plan or {}),
         training_note=training_note,
         command=None if command is None else without_paths(command),
         separate=separate,
@@ -155,6 +159,18 @@ def inline(text: Any) -> str:
     """`text` as plain words inside a line of Markdown: a name may come from a stranger's data."""
     words = "".join(char if char.isprintable() else " " for char in str(text))
     return re.sub(r"([\\`*_{}\[\]<>|#~])", r"\\\1", " ".join(words.split()))
+
+
+def _training_warnings(plan: Mapping[str, Any]) -> list[str]:
+    """What a training plan says went wrong, with the epoch; a stranger's may hold anything under that name."""
+    shown = []
+    for key in ("warnings", "repair_warnings"):
+        entries = plan.get(key)
+        for entry in entries if isinstance(entries, list) else ():
+            message, epoch = (entry.get("message"), entry.get("epoch")) if isinstance(entry, Mapping) else (None, None)
+            if isinstance(message, str):
+                shown.append(f"Epoch {epoch:g}: {message}" if isinstance(epoch, (int, float)) else message)
+    return shown
 
 
 def _source(model: AutoLoraModel) -> str | None:
@@ -237,8 +253,10 @@ def _metadata(
         library, relation = "peft" if loads_with_stock_peft(model) else "autolora_hf", "adapter"
     base = _hub_name(model)
     extra: dict[str, Any] = {"base_model": base, "base_model_relation": relation} if base else {}
-    sources = [report.dataset for report in results] + [(model.training_plan or {}).get("training_data") or {}]
-    on_hub = [source["name"] for source in sources if source.get("kind") == "hub"] + datasets
+    sources = [report.dataset for report in results] + [(model.training_plan or {}).get("training_data")]
+    # A stranger's plan may hold anything.
+    known = [source for source in sources if isinstance(source, Mapping) and isinstance(source.get("name"), str)]
+    on_hub = [source["name"] for source in known if source.get("kind") == "hub"] + datasets
     if on_hub:
         extra["datasets"] = list(dict.fromkeys(on_hub))
     metrics = [metric for report in results for metric in _metrics(report, dataset)]

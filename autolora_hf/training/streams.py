@@ -23,7 +23,7 @@ from ..data import (
     without_absent,
     without_broken,
 )
-from ..data.overlap import _TOLERATED_SHARE
+from ..data.overlap import TOLERATED_SHARE
 from ..data.stored import file_digests
 from ..pixels import Preprocessing
 from .arguments import AutoLoraTrainingArguments
@@ -117,7 +117,7 @@ def _shared_images(first: PixelDataset | PixelStream, second: PixelDataset | Pix
 def _check_disjoint(first: PixelDataset | PixelStream, second: PixelDataset | PixelStream, advice: str) -> None:
     """Raises `ValueError`, with `advice`, if two data sets have more images in common than chance explains."""
     count = _shared_images(first, second)
-    if count > _TOLERATED_SHARE * len(second):
+    if count > TOLERATED_SHARE * len(second):
         raise ValueError(f"{second.name} shares {count} of its {len(second)} images with {first.name}. {advice}")
     if count:
         logger.warning("%s shares %d of its %d images with %s.", second.name, count, len(second), first.name)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import EvalPrediction, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
@@ -125,6 +126,7 @@ class AutoLoraTrainer(StreamingTrainer, PublishingTrainer):
         self._normalize = Normalize(model.preprocessing).to(args.device)
         self._train_attack, self._eval_attack = args.training_attack(), args.validation_attack()
         self._evaluated = 0
+        self._plain_loader: DataLoader | None = None
         self._frozen: FrozenRoute | None = None
         if len(validation) < 50 and args.process_index == 0:
             logger.warning(
@@ -192,7 +194,9 @@ class AutoLoraTrainer(StreamingTrainer, PublishingTrainer):
                 # Accelerate's wrapper is no `torch.optim.Optimizer`, which LRScheduler insists on.
                 getattr(optimizer, "optimizer", optimizer),
                 PlateauHalving(
-                    self.plan["halving_checkpoints"], rule=self.args.halving_rule, chance=1 / self.model.num_classes
+                    self.plan["halving_checkpoints"],
+                    rule=self.args.halving_rule,
+                    chance=1 / self.model.num_classes if self.args.greater_is_better else -math.inf,
                 ),
                 alpha=self.args.scalar_alpha,
                 lambda2_max=self.args.scalar_lambda2_max,
@@ -295,6 +299,8 @@ class AutoLoraTrainer(StreamingTrainer, PublishingTrainer):
         accuracy = self.natural_training_accuracy() if self.objective.uses_scalars else None
         key = self.args.metric_for_best_model
         metric = metrics[key if key.startswith("eval_") else f"eval_{key}"]
+        # The rule looks for growth.
+        metric = metric if self.args.greater_is_better else -metric
         halved = self.lr_scheduler.end_epoch(metric, accuracy)
         scalars = self.lr_scheduler.scalars
         logs = {"next_learning_rate": self.lr_scheduler.get_last_lr()[0], "reload": int(halved)}
@@ -318,11 +324,13 @@ class AutoLoraTrainer(StreamingTrainer, PublishingTrainer):
     def natural_training_accuracy(self) -> float:
         """SA: accuracy of the natural route on the clean training images, without augmentation, in eval mode."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        plain = unaugmented(self.train_dataset)
+        if self._plain_loader is None:
+            # Made once, since accelerate keeps every loader. Not by `get_eval_dataloader`, which returns that of the
+            # validation set if its workers are persistent.
+            self._plain_loader = self.get_test_dataloader(unaugmented(self.train_dataset))
         hits, total = 0, 0
         with attack_mode(model), model.route(NATURAL):
-            # Not `get_eval_dataloader`, which returns that of the validation set if its workers are persistent.
-            for inputs in self.get_test_dataloader(plain):
+            for inputs in self._plain_loader:
                 inputs = self._prepare_inputs(inputs)
                 logits = logits_of(model(self._images(model, inputs["pixel_values"])))
                 right = (logits.argmax(-1) == inputs["labels"]) & ~logits.isnan().any(-1)

@@ -17,7 +17,7 @@ def environment(**changes):
     return {**os.environ, **fixed, **changes}
 
 
-def torchrun(*command, processes=2, timeout=240, **env):
+def torchrun(*command, processes=2, timeout=600, **env):
     """Runs a Python file with its arguments in `processes` processes; returns the `CompletedProcess`, output as text.
 
     All are killed after `timeout` seconds.

@@ -18,6 +18,9 @@ from autolora_hf import RobustnessReport, ThreatModel, get_autolora_model
 from autolora_hf.cli import main
 
 
+# One launch for all tests, also where the tests are shared out.
+pytestmark = pytest.mark.xdist_group("test_evaluation")
+
 WORKER = TESTS / "distributed" / "evaluation_worker.py"
 
 
@@ -61,7 +64,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def both(folder):
     """What each of two processes wrote down."""
-    done = torchrun(WORKER, folder, timeout=240)
+    done = torchrun(WORKER, folder, timeout=600)
     assert done.returncode == 0, done.stdout[-4000:]
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
 
@@ -147,12 +150,12 @@ def test_killed_in_the_middle_of_an_attack(tmp_path):
     expected = one_process(worker.LONG)
     checkpoint = tmp_path / "checkpoint"
 
-    done = torchrun(WORKER, tmp_path, 1, 120, timeout=120)
+    done = torchrun(WORKER, tmp_path, 1, 120, timeout=400)
     assert done.returncode != 0 and "Signal 9" in done.stdout
     first = {path: path.read_bytes() for path in checkpoint.glob("stage-*.json")}
     assert any("stage-02" in path.name for path in first)
 
-    done = run([sys.executable, str(WORKER), str(tmp_path), "0", "100"], timeout=120)
+    done = run([sys.executable, str(WORKER), str(tmp_path), "0", "100"], timeout=400)
     assert done.returncode == -signal.SIGKILL
     second = {path: path.read_bytes() for path in checkpoint.glob("stage-*.json")}
     assert first.items() < second.items(), "what was measured is not measured again"

@@ -5,6 +5,7 @@ import json
 import re
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,15 +14,19 @@ from agreement import DECISIONS, LOSSES, METRICS, SCALARS, gap, parameters, seri
 from launcher import run, torchrun
 from test_trainer import NAMES, arguments, new_trainer, pictures
 from tiny_models import MODELS
-from training_worker import SCENARIOS, train
+from training_worker import FAULTS, SCENARIOS, train
 
 import autolora_hf
 from autolora_hf import AutoLoraTrainer
 from autolora_hf.training.distributed import Share, check_parallelism, step_shares
+from autolora_hf.training.numerics import MOST_IN_A_ROW
 
+
+# One launch for all tests, also where the tests are shared out.
+pytestmark = pytest.mark.xdist_group("test_training")
 
 HERE = Path(__file__).parent
-QUICK = ("full", "short", "batch_norm")
+QUICK = ("full", "short", "batch_norm", "faults")
 SLOW = ("adapter", "shorter", "accumulation", "halving", "batch_norm_adapter")
 
 
@@ -34,6 +39,7 @@ def two_processes(tmp_path_factory):
     """What both processes did in a scenario; those of a group are run in one launch, when the first is asked for."""
     folder, done = tmp_path_factory.mktemp("two"), set()
 
+    @cache
     def results(name):
         group = QUICK if name in QUICK else SLOW
         if name not in done:
@@ -164,6 +170,47 @@ def test_running_statistics_are_those_of_the_main_process(tmp_path, two_processe
     assert metrics["eval_loss"] == pytest.approx(series(first, "eval_loss")[0][epoch - 1], rel=1e-4)
 
 
+# ---- numbers that are not finite, in one process alone ----
+
+
+def test_a_step_that_fails_in_one_process_is_skipped_in_both(two_processes):
+    """Without a trace in either, and both stop at the same step when it happens too often in a row."""
+    results = two_processes("faults")
+    for result in results:
+        states = result["states"]
+        assert len(states) == 2 * (max(FAULTS) + 1)
+        for step in range(max(FAULTS) + 1):
+            before, after = states[2 * step : 2 * step + 2]
+            assert same_state(before, after) == (step in FAULTS), step
+        assert result["counts"] == (len(FAULTS), MOST_IN_A_ROW)
+        assert f"stopped at step {max(FAULTS)}: {MOST_IN_A_ROW} steps in a row" in result["verdict"]
+        assert all(tensor.isfinite().all() for tensor in states[-1].values())
+    for one, other in zip(*(result["states"] for result in results), strict=True):
+        # Running statistics are of the part of the batch that a process has, until the next forward pass.
+        trained = [name for name in one if "running_" not in name]
+        assert all(torch.equal(one[name], other[name]) for name in trained)
+
+
+def same_state(before, after):
+    return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_process_that_fails_says_what_it_was(two_processes, rank):
+    said = [message for message in two_processes("faults")[rank]["said"] if "was skipped" in message]
+    named = {"image": "adversarial images", "statistics": "running statistics", "gradient": "gradients"}
+    named["activations"] = "running statistics"
+    own = {step: named[what] for step, (at, what) in FAULTS.items() if at == rank}
+    # The main process reports the steps of the others too, of which it only knows the gradients; the other one does
+    # not report what it knows nothing of.
+    others = {step: "gradients" for step in FAULTS if step not in own} if rank == 0 else {}
+    expected = {step: words for step, words in {**own, **others}.items() if rank == 0 or words != "gradients"}
+    assert len(said) == len(expected)
+    for message, (step, words) in zip(said, sorted(expected.items()), strict=True):
+        assert message.startswith(f"Step {step} ")
+        assert words in message
+
+
 # ---- what is refused ----
 
 
@@ -221,7 +268,7 @@ def test_persistent_workers_do_not_mix_up_the_data(tmp_path):
 def test_a_process_that_fails_ends_the_others(tmp_path, how, said):
     """In the middle of an epoch, while the other one waits for its gradients."""
     started = time.monotonic()
-    result = torchrun(HERE / "failing_worker.py", tmp_path, how, timeout=150)
+    result = torchrun(HERE / "failing_worker.py", tmp_path, how, timeout=400)
     assert result.returncode != 0
     assert re.search(said, result.stdout), result.stdout[-4000:]
     assert "finished" not in result.stdout
@@ -234,7 +281,7 @@ def test_a_process_that_fails_ends_the_others(tmp_path, how, said):
 @pytest.mark.slow
 def test_output_folders_of_its_own_for_each_machine_are_refused(tmp_path):
     """Only one of them would hold the best weights to go back to."""
-    result = torchrun(HERE / "failing_worker.py", tmp_path, "apart", timeout=150)
+    result = torchrun(HERE / "failing_worker.py", tmp_path, "apart", timeout=400)
     assert result.returncode != 0
     assert "output_dir` is another folder on another machine" in result.stdout
     assert not list(tmp_path.rglob("checkpoint-*"))
@@ -267,7 +314,7 @@ def test_the_train_command_in_two_processes(tmp_path):
     }
     words = [str(word) for option in options.items() for word in option]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "-m", "autolora_hf"]
-    result = run([*launcher, "train", "--use_cpu", *words], timeout=240)
+    result = run([*launcher, "train", "--use_cpu", *words], timeout=600)
     assert result.returncode == 0, result.stdout[-4000:]
     plan = json.loads((output / "training_plan.json").read_text())
     assert plan["batch_size"] == 16

@@ -1,8 +1,10 @@
 """Trains as a scenario says and writes down what happened, in one process or in each of several.
 
-As a script: `training_worker.py FOLDER SCENARIO...`; results are in `FOLDER/SCENARIO/rank-R.pt`.
+As a script: `training_worker.py FOLDER SCENARIO...`; results are in `FOLDER/SCENARIO/rank-R.pt`. One
+scenario, `faults`, is none of [`SCENARIOS`].
 """
 
+import logging
 import os
 import sys
 from dataclasses import asdict, dataclass
@@ -10,7 +12,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from test_trainer import NAMES, arguments, fake_robust_accuracy, pictures
+from test_numerics import poisoned
+from test_trainer import NAMES, arguments, fake_robust_accuracy, new_trainer, pictures
 from tiny_models import MODELS
 from transformers import TrainerCallback
 
@@ -48,6 +51,21 @@ SCENARIOS = {
     "halving": Scenario(epochs=5, images=20, accuracies=(0.8, 0.9, 0.6, 0.55, 0.5)),
     "batch_norm": Scenario("timm_resnet", images=43, epochs=2),
     "batch_norm_adapter": Scenario("hf_resnet", "adapter", images=43, epochs=2),
+}
+
+
+# What is spoilt in one process alone, by step: (process, what). Steps 8 to 12 are five in a row.
+FAULTS = {
+    1: (1, "image"),
+    2: (0, "gradient"),
+    4: (1, "gradient"),
+    5: (0, "statistics"),
+    6: (1, "activations"),
+    8: (0, "activations"),
+    9: (1, "statistics"),
+    10: (1, "image"),
+    11: (0, "gradient"),
+    12: (1, "gradient"),
 }
 
 
@@ -109,12 +127,36 @@ def train(scenario, folder, processes=1, accumulation=None, **changes):
     }
 
 
+def train_with_faults(folder, rank):
+    """Two processes, of which one at a time has numbers that are not finite."""
+    bad = {(step, 0): what for step, (at, what) in FAULTS.items() if at == rank}
+    logger, said = logging.getLogger("autolora_hf.training.numerics"), []
+    logger.addFilter(lambda record: said.append(record.getMessage()) or True)
+    trainer = new_trainer(
+        folder,
+        "timm_resnet",
+        kind=poisoned(bad),
+        per_device_train_batch_size=2,
+        eval_attack_steps=1,
+    )
+    try:
+        trainer.train()
+    except FloatingPointError as error:
+        verdict = str(error)
+    # The step that stops the training has no end.
+    trainer.states.append(trainer.everything())
+    counts = trainer.lr_scheduler.skipped_steps, trainer.lr_scheduler.skipped_in_a_row
+    return {"states": trainer.states, "counts": counts, "said": said, "verdict": verdict}
+
+
 def main(folder, *names):
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
+    rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     for name in names:
-        result = train(SCENARIOS[name], Path(folder) / name, processes=int(os.environ["WORLD_SIZE"]))
-        torch.save(result, Path(folder) / name / f"rank-{os.environ['RANK']}.pt")
+        place = Path(folder) / name
+        result = train_with_faults(place, rank) if name == "faults" else train(SCENARIOS[name], place, processes)
+        torch.save(result, place / f"rank-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
