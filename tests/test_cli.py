@@ -114,6 +114,26 @@ def test_train_then_evaluate(workplace, monkeypatch, capsys, mode):
     assert report["natural"]["total"] == 18 and report["protocol"] == "custom"
 
 
+def test_a_command_that_is_given_again_goes_on_to_the_same_bits(workplace, monkeypatch, capsys):
+    """From a checkpoint, from none, and from the start: new heads and branches come from the seed, too."""
+    monkeypatch.chdir(workplace)
+    options = "train --model backbone --train-data images/train --eps 4/255 --num_train_epochs 2 --attack_steps 1"
+    options = [*options.split(), "--eval_attack_steps", "1", "--disable_tqdm", "true", "--use_cpu", "true"]
+
+    def weights(folder, *more):
+        torch.manual_seed(len(str(folder)))  # whatever the process did before
+        assert main([*options, "--output_dir", folder, *more]) == 0, capsys.readouterr().err
+        return (workplace / folder / "model.safetensors").read_bytes()
+
+    whole = weights("whole")
+    first, last = sorted((workplace / "whole").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    shutil.copytree(first, workplace / "killed" / first.name)
+    assert weights("killed", "--resume-from-checkpoint", "True") == whole
+    assert (workplace / "killed" / last.name).is_dir()
+    assert weights("killed early", "--resume-from-checkpoint", "true") == whole
+    assert weights("killed", "--resume-from-checkpoint", str(workplace / "whole" / first.name)) == whole
+
+
 def test_evaluate_refuses_other_classes(workplace, monkeypatch, capsys):
     monkeypatch.chdir(workplace)
     for name in ("red", "green", "yellow"):

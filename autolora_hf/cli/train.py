@@ -8,7 +8,7 @@ import shlex
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from ..config import AutoLoraConfig, PixelRadius, radius_argument
 from ..data import PixelStream, as_pixel_dataset, as_pixel_stream, is_stream
@@ -143,6 +143,8 @@ def run(argv: list[str]) -> None:
         lora_dropout=model_args.lora_dropout,
         target_modules=model_args.target_modules,
     )
+    # Head and branches are drawn at random.
+    set_seed(args.seed)
     model = get_autolora_model(
         model_args.model,
         config,
@@ -152,7 +154,7 @@ def run(argv: list[str]) -> None:
     trainer = AutoLoraTrainer(model, args, train_dataset=train, eval_dataset=validation)
     if test is not None:
         test = trainer.prepare_test_data(test)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=_checkpoint(args.resume_from_checkpoint))
 
     folder = Path(args.output_dir)
     if test is not None:
@@ -170,6 +172,10 @@ def run(argv: list[str]) -> None:
     if main:
         print(f"\nSaved in {folder}/: the model, its card (README.md) and {CURVES}.")
     trainer.accelerator.end_training()
+
+
+def _checkpoint(words: str | None) -> str | bool | None:
+    return {"true": True, "false": None}.get(words.lower(), words) if words is not None else None
 
 
 def _image_size(numbers: list[int] | None) -> int | list[int] | None:

@@ -92,6 +92,13 @@ class AutoLoraTrainingArguments(TrainingArguments):
     metric_for_best_model: str | None = field(
         default=None, metadata={"help": "Validation metric to select by. Default: the objective's own."}
     )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "'True' goes on from the latest whole checkpoint in the output folder, to the same bits as "
+            "without the interruption; or the folder of a checkpoint. In Python an argument of `train`."
+        },
+    )
     # Our collator takes columns by name, and every trainable parameter gets a gradient once a step.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Not used: columns are chosen by name."})
     ddp_find_unused_parameters: bool | None = field(

@@ -268,13 +268,17 @@ class DiagnosisCallback(TrainerCallback):
 
     def after_epoch(self) -> None:
         """Judges the log as it is now."""
-        found = self._findings()
-        if found:
-            self.trainer.plan["warnings"] = [asdict(finding) for finding in found]
-        if self.trainer.args.should_save and len(found) > self._said:
+        found, plan = self._findings(), self.trainer.plan
+        warnings = [asdict(finding) for finding in found]
+        # Also when nothing is new: the plan of a run that goes on has been written afresh.
+        changed = warnings != plan.get("warnings", [])
+        if changed:
+            plan["warnings"] = warnings
+        if self.trainer.args.should_save:
             for finding in found[self._said :]:
                 logger.warning("Epoch %g: %s", finding.epoch, finding.message)
-            write_json(self.trainer.plan, self.plan_file)
+            if changed:
+                write_json(plan, self.plan_file)
         self._said = len(found)
 
     def _findings(self) -> list[Finding]:

@@ -13,6 +13,7 @@ from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..config import ThreatModel
+from .checkpoints import checkpoints
 
 
 if TYPE_CHECKING:
@@ -170,13 +171,13 @@ class StepGuard(TrainerCallback):
         return [name for name in names if not all(findings[name].all() for findings in self._findings)]
 
     def _verdict(self, state: TrainerState, wrong: list[str]) -> str:
-        if state.global_step >= MOST_IN_A_ROW and state.log_history:
-            advice = (
-                f"The weights are still finite, and the last checkpoint is in {self.trainer.args.output_dir}: resume "
-                "from it with a lower `learning_rate`"
-            )
-        else:
+        sealed = checkpoints(self.trainer.args.output_dir)
+        if self.trainer.lr_scheduler.skipped_steps > state.global_step:
             advice = "No step has succeeded: check that the weights are finite, and try a lower `learning_rate`"
+        elif sealed:
+            advice = f"The last checkpoint is {sealed[-1]}: resume from it with a lower `learning_rate`"
+        else:
+            advice = "There is no checkpoint yet: start again with a lower `learning_rate`"
         if self.trainer.accelerator.mixed_precision != "no":
             advice += f", or in float32 instead of {self.trainer.accelerator.mixed_precision}"
         return (
