@@ -248,7 +248,7 @@ def _stock_config(model: AutoLoraModel, fields: dict[str, object], modules_to_sa
     base, layers = model.get_base_model(), list(model.lora_layers())
     # In mode `full` the natural branch belongs on the model beside it, whose name on the Hub is not known here.
     adapter = model.autolora_config.mode == "adapter"
-    return LoraConfig(
+    config = LoraConfig(
         **fields,
         target_modules=matched_by_suffix(base, layers) or targets.exactly(layers),
         modules_to_save=modules_to_save or None,
@@ -256,3 +256,7 @@ def _stock_config(model: AutoLoraModel, fields: dict[str, object], modules_to_sa
         base_model_name_or_path=model.backbone["name_or_path"] if adapter else None,
         revision=model.backbone["revision"] if adapter else None,
     )
+    if isinstance(config.target_modules, set):
+        # PEFT makes a set of a list, whose order would differ from one process to the next, and the file with it.
+        config.target_modules = sorted(config.target_modules)
+    return config

@@ -30,6 +30,7 @@ from autolora_hf.data import (
     stratified_subset,
     to_rgb,
 )
+from autolora_hf.data.sources import image_extensions
 from autolora_hf.pixels import Preprocessing
 
 
@@ -883,3 +884,55 @@ def test_load_source_of_the_hub(monkeypatch):
         load_source("org/far")
     with pytest.raises(ValueError, match="'org/damaged' cannot be read: An error occurred"):
         load_source("org/damaged")
+
+
+# --- files in folders ------------------------------------------------------------------------------------------------
+
+
+def test_animations_in_a_folder_show_their_first_frame(tmp_path):
+    root = folder(tmp_path, names=["cat", "dog"])
+    (root / "fox").mkdir()
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(root / "fox" / "moving.GIF", "GIF", save_all=True, append_images=frames[1:])
+    data = as_pixel_dataset(root, PREPROCESSING)
+    assert (data.class_names, data.labels[-1], len(data)) == (["cat", "dog", "fox"], 2, 7)
+    torch.testing.assert_close(data[6]["pixel_values"], exact(frames[0]))
+
+
+@pytest.mark.parametrize("extension", [".jfif", ".tga", ".jp2", ".pbm", ".avif"])
+def test_every_extension_that_is_read_has_a_decoder(extension, tmp_path):
+    if extension not in image_extensions():
+        pytest.skip(f"this Pillow does not read {extension}")
+    root = folder(tmp_path, names=["cat", "dog"])
+    picture(3).save(root / "cat" / f"x{extension}")
+    data = as_pixel_dataset(root, PREPROCESSING)
+    assert len(data) == 7
+    assert_item(data[3], 0)
+
+
+def test_files_that_are_passed_over_are_named(tmp_path, caplog):
+    root = folder(tmp_path)
+    for name in ("a.psd", "b.xyz", "no_extension", ".hidden.psd", "notes.txt", "a.json", "Thumbs.db"):
+        (root / "dog" / name).write_bytes(b"something")
+    assert len(as_pixel_dataset(root, PREPROCESSING)) == 9
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert "3 files of" in warning
+    for name in ("a.psd", "b.xyz", "no_extension"):
+        assert str(Path("dog", name)) in warning
+    assert "Extensions read: .jpg, " in warning
+    assert ".gif" in warning
+    assert "hidden" not in warning
+
+
+def test_side_files_alone_are_no_reason_to_warn(tmp_path, caplog):
+    root = folder(tmp_path)
+    (root / "dog" / "labels.CSV").write_text("a,b")
+    as_pixel_dataset(root, PREPROCESSING)
+    assert not caplog.records
+
+
+def test_a_folder_of_unread_files_alone_names_them(tmp_path):
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "a.xyz").write_bytes(b"x")
+    with pytest.raises(FileNotFoundError, match=r"contain no images. Extensions read: .*Other files: cat.a\.xyz"):
+        as_pixel_dataset(tmp_path, PREPROCESSING)

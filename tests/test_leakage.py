@@ -369,3 +369,35 @@ def test_check_unseen_of_what_is_known():
     assert check_unseen(test, {"training": pixel(arrow()), "validation": None}) == []
     with pytest.raises(ValueError, match=r"--data shares images with the validation data.*selected with"):
         check_unseen(test, {"training": pixel(arrow()), "validation": pixel(stored(seed=100))}, "--data")
+
+
+# ---- the same broken file twice ----
+
+ERROR_PAGE = b"<html>404</html>"
+
+
+def test_equal_files_that_cannot_be_read_are_no_common_images(tmp_path):
+    for name in ("one", "other"):
+        root = folder(tmp_path / name, seed=0 if name == "one" else 500)
+        (root / "cat" / "0.png").write_bytes(ERROR_PAGE)
+        (root / "dog" / "1.png").write_bytes(ERROR_PAGE)
+    one, other = pixel(tmp_path / "one"), pixel(tmp_path / "other")
+    assert len(find_overlap(one, other)) == 0
+    assert not same_data(one, other)
+    # Nor are they copies that a split has to keep together, unlike the real copy.
+    shutil.copy(tmp_path / "one" / "fox" / "0.png", tmp_path / "one" / "fox" / "9.png")
+    assert duplicate_groups(pixel(tmp_path / "one")).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 6]
+
+
+def test_training_goes_on_where_both_sets_hold_the_same_error_page(tmp_path, caplog):
+    train, val = folder(tmp_path / "train", per_class=4), folder(tmp_path / "val", seed=500)
+    for root in (train, val):
+        (root / "cat" / "0.png").write_bytes(ERROR_PAGE)
+    trainer = with_validation(tmp_path / "out", val, train)
+    assert len(trainer.eval_dataset) == 8
+    assert "1 of 9 images of eval_dataset cannot be read" in caplog.text
+    assert "exact copies" not in caplog.text
+    # A true copy is counted among the images that can be read.
+    shutil.copy(train / "dog" / "2.png", val / "dog" / "2.png")
+    with pytest.raises(ValueError, match="shares images with `train_dataset` \\(1 of 8 images"):
+        with_validation(tmp_path / "out", val, train)

@@ -147,6 +147,16 @@ def test_orders(source, workers):
     assert orders(1, (0,))[0] != first[0]
 
 
+def test_first_samples_disturb_nothing(source):
+    stream, other = (as_pixel_stream(source, PREPROCESSING, shuffle=True, augmentation="crop-flip") for _ in "ab")
+    stream.set_epoch(1)
+    other.set_epoch(1)
+    before = torch.get_rng_state()
+    assert identities(stream.first(5)) == identities(itertools.islice(stream.plain(), 5))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert identities(stream) == identities(other)
+
+
 def test_who_shuffled_is_not_shuffled_again():
     def order(dataset, epoch=0, **options):
         stream = as_pixel_stream(dataset, PREPROCESSING, **options)
@@ -239,7 +249,7 @@ def test_copies_stay_together():
 def test_broken_images(tmp_path, caplog):
     # The last of its class has its substitute at the start of the stream.
     source = write_shards(tmp_path / "data", broken=(4, 38))
-    with pytest.raises(BrokenImageError, match=r"png of sample 0004 of train.*cannot be read"):
+    with pytest.raises(BrokenImageError, match=r"png of sample 0004 of train \(.*train-000\.tar\).*cannot be read"):
         list(as_pixel_stream(source, PREPROCESSING, name="train"))
     stream = as_pixel_stream(source, PREPROCESSING, name="train", broken_images="skip")
     for workers in (0, 2):
@@ -264,6 +274,31 @@ def test_a_class_of_broken_images(tmp_path):
 
 
 # ---- what is refused ----
+
+
+@pytest.mark.parametrize("damaged", ["train-000.tar", "train-002.tar"])
+@pytest.mark.parametrize("size", [700, 9000])
+def test_a_shard_that_was_cut_off(tmp_path, damaged, size):
+    write_shards(tmp_path / "data")
+    shard = tmp_path / "data" / damaged
+    shard.write_bytes(shard.read_bytes()[:size])
+    name = damaged if damaged != "train-000.tar" else r"train-(000|\*)\.tar"
+    with pytest.raises(ValueError, match=f"Damaged tar file.*data/{name} .*again"):
+        as_pixel_stream(load_shards(str(tmp_path / "data" / "train-*.tar")), PREPROCESSING)
+
+
+@pytest.mark.parametrize("pattern", ["none-*.tar", "none.tar"])
+def test_no_shards(tmp_path, pattern):
+    with pytest.raises(FileNotFoundError, match=r"There are no shards.*none"):
+        load_shards(str(tmp_path / pattern))
+
+
+def test_shards_as_test_data(shards):
+    with pytest.raises(
+        TypeError, match=r"test data cannot be a stream.*unpack the tar shards into a folder.*from_list"
+    ) as raised:
+        as_pixel_dataset(shards, PREPROCESSING)
+    assert "streaming=True" not in str(raised.value)
 
 
 class OneShot(IterableDataset):
@@ -342,6 +377,7 @@ def test_training(tmp_path, workers):
     assert not same(copied_state(trainer.model), before)
     assert trainer.state.global_step == 6
     assert len(logged(trainer, "eval_robust_accuracy")) == 2
+    assert len(logged(trainer, "feature_displacement")) == 1
     assert len(logged(trainer, "train_natural_route_accuracy")) == 3
     assert trainer.args.dataloader_num_workers == workers
     # SA by an independent count.

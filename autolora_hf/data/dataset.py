@@ -231,10 +231,15 @@ def as_pixel_dataset(
             f"`dataset[{next(iter(source), 'train')!r}]`."
         )
     if isinstance(source, (datasets.IterableDataset, IterableDataset)):
+        # Tar shards have no other way of loading.
+        is_tar = "__url__" in (getattr(source, "features", None) or {})
+        instead = (
+            "unpack the tar shards into a folder of images by class" if is_tar else "load it without `streaming=True`"
+        )
         raise TypeError(
-            f"Got a stream ({type(source).__name__}) where every image must be had by its position. "
-            "`AutoLoraTrainer` takes streams as training and validation data, and `as_pixel_stream` opens one. To "
-            "measure on it, load it without `streaming=True`, or keep its first n samples in memory: "
+            f"Got a stream ({type(source).__name__}) where every image must be had by its position: test data cannot "
+            "be a stream. `AutoLoraTrainer` takes streams as training and validation data, and `as_pixel_stream` "
+            f"opens one. To measure on it, {instead}, or in Python keep its first n samples in memory: "
             "`datasets.Dataset.from_list(list(stream.take(n)), features=stream.features)`; of a torch "
             "`IterableDataset`: `list(itertools.islice(stream, n))`."
         )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .dataset import PixelDataset
-from .images import seeded
+from .images import BrokenImageError, seeded
 from .stored import NOT_ENCODED, StoredImages, file_digests, pixel_digest
 
 
@@ -65,12 +65,15 @@ def find_overlap(first: PixelDataset, second: PixelDataset) -> Overlap:
 
     Files are compared byte for byte: only those that agree in size and in their last 4 kB are read as a whole. The
     rest is compared by its decoded pixels in 8-bit RGB, which finds copies in another lossless format and arrays; that
-    is limited to 200,000 images and 4 billion pixels, and sizes of images that are rare come first.
+    is limited to 200,000 images and 4 billion pixels, and sizes of images that are rare come first. Equal files that
+    cannot be decoded, such as the same error page saved twice, are no common images.
     """
     rows = _same_rows(first, second)
     if rows:
         return Overlap(first, second, list(rows), list(rows.values()), same_rows=True)
     pairs = _same_files(first.stored, second.stored)
+    readable = set(_readable(first.stored, np.unique([*pairs.values()])).tolist())
+    pairs = {position: partner for position, partner in pairs.items() if partner in readable}
     with seeded(0):  # an item of a data set may be random
         pairs |= _same_pixels(first.stored, second.stored, np.setdiff1d(np.arange(len(second)), list(pairs)))
     positions = sorted(pairs)
@@ -88,8 +91,8 @@ def same_data(first: PixelDataset, second: PixelDataset) -> bool:
 def duplicate_groups(data: PixelDataset) -> np.ndarray:
     """For every image the position of the first one that is an exact copy of it, N; its own for most.
 
-    Files are compared byte for byte, arrays by their values. Nothing is decoded, and images that only the data set
-    itself can make count as different.
+    Files are compared byte for byte, arrays by their values. Only one file of each group is decoded: files that cannot
+    be are copies of nothing. Images that only the data set itself can make count as different.
     """
     stored = data.stored
     encoded = np.flatnonzero(stored.sizes > 0)
@@ -101,6 +104,10 @@ def duplicate_groups(data: PixelDataset) -> np.ndarray:
         # `rows` ascend, so the first of equal keys is the first position.
         _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
         groups[rows] = rows[first[inverse]]
+    representatives = np.unique(groups[groups != np.arange(len(groups))])
+    encoded = representatives[stored.sizes[representatives] > 0]
+    broken = np.isin(groups, np.setdiff1d(encoded, _readable(stored, encoded)))
+    groups[broken] = np.flatnonzero(broken)
     return groups
 
 
@@ -155,6 +162,18 @@ def _same_files(first: StoredImages, second: StoredImages) -> dict[int, int]:
         rows = [chosen[np.isin(found, common)] for chosen, found in zip(rows, keys, strict=True)]
         keys = [found[np.isin(found, common)] for found in keys]
     return _pairs(rows[0], keys[0], rows[1], keys[1])
+
+
+def _readable(stored: StoredImages, rows: np.ndarray) -> np.ndarray:
+    """Those of `rows` whose files can be decoded."""
+    found = []
+    for row in rows.tolist():
+        try:
+            stored.image(int(row))
+        except BrokenImageError:
+            continue
+        found.append(int(row))
+    return np.array(found, np.int64)
 
 
 def _same_pixels(first: StoredImages, second: StoredImages, positions: np.ndarray) -> dict[int, int]:

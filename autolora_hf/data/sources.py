@@ -14,10 +14,10 @@ from typing import Any
 import datasets
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL import features as pil_features
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from .identity import Identity, arrow_identity, map_identity
 from .images import BrokenImageError, as_broken, decode_file, decode_image
@@ -29,6 +29,15 @@ logger = logging.getLogger(__name__)
 IMAGE_NAMES = ("image", "img", "pixel_values")
 LABEL_NAMES = ("label", "labels")
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
+
+# Extensions of pictures in folders, as far as the decoder is there: AVIF depends on how Pillow was built, and the last
+# two on pillow-heif. Multi-page documents, icons, drawings and video are none.
+_PICTURES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".tga", ".avif", ".heic", ".heif"),
+)
+# Files that usually lie beside images and are not taken for any.
+_SIDE_FILES = {".txt", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".md", ".html", ".db", ".ini"}
 
 # What the decoders of images raise for damaged files; a data set's own errors are none of these.
 _DECODING_ERRORS = (OSError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -172,7 +181,9 @@ class MapSource:
 class ClassFolder(ImageFolder):
     """A folder with one sub-folder of images a class; class indices follow the sorted names.
 
-    Hidden files and folders are ignored. Items are `(PIL image, class index)`.
+    Hidden files and folders are ignored, and files that describe images (.txt, .json, .csv and the like). Other files
+    whose extension is not one of [`image_extensions`] are passed over with a warning. Items are
+    `(PIL image, class index)`; of an animation, the first frame.
 
     Raises:
         FileNotFoundError: If the folder, its sub-folders or their images are missing.
@@ -185,13 +196,33 @@ class ClassFolder(ImageFolder):
             raise FileNotFoundError(
                 f"There is no folder {str(root)!r}. A data set of the Hub is loaded with `datasets.load_dataset(...)`."
             )
-        super().__init__(root, is_valid_file=lambda path: _is_visible_image(Path(path), root), allow_empty=True)
+        extensions, passed_over = image_extensions(), []
+
+        def is_image(name: str) -> bool:
+            path = Path(name).relative_to(root)
+            if any(part.startswith(".") for part in path.parts):
+                return False
+            if path.suffix.lower() not in (*extensions, *_SIDE_FILES):
+                passed_over.append(str(path))
+            return path.suffix.lower() in extensions
+
+        super().__init__(root, is_valid_file=is_image, allow_empty=True)
+        read = f"Extensions read: {', '.join(extensions)}."
         filled = set(self.targets)
         empty = [name for name, index in self.class_to_idx.items() if index not in filled]
         if not filled:
             raise FileNotFoundError(
-                f"The sub-folders of {str(root)!r} ({shorten(self.classes)}) contain no images. Extensions read: "
-                f"{', '.join(IMG_EXTENSIONS)}."
+                f"The sub-folders of {str(root)!r} ({shorten(self.classes)}) contain no images. {read}"
+                + (f" Other files: {shorten(passed_over, 5)}." if passed_over else "")
+            )
+        if passed_over:
+            logger.warning(
+                "%d files of %s have other extensions than images and are not read: %s. %s Rename or convert them if "
+                "they are images; .heic and .heif need pillow-heif and its `register_heif_opener()`.",
+                len(passed_over),
+                root,
+                shorten(passed_over, 5),
+                read,
             )
         if empty:
             logger.warning("No images for %s of %s: %s.", "class" if len(empty) == 1 else "classes", root, empty)
@@ -316,9 +347,15 @@ def find_column(
     raise ValueError(f"The data set has {problem}. Its columns: {listing}. Pass `{argument}=` to name the right one.")
 
 
-def _is_visible_image(path: Path, root: Path) -> bool:
-    hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-    return not hidden and path.suffix.lower() in IMG_EXTENSIONS
+def image_extensions() -> tuple[str, ...]:
+    """Extensions of the files that a folder of images is read from: those that PIL has a decoder for now."""
+    formats = Image.registered_extensions()
+    known = (extension for extension in _PICTURES if formats.get(extension) in Image.OPEN)
+    # Pillow registers these two whether it was built with their decoders or not.
+    optional = {".avif": "avif", ".webp": "webp"}
+    return tuple(
+        extension for extension in known if extension not in optional or pil_features.check(optional[extension])
+    )
 
 
 def value_type(feature: Any) -> str | None:

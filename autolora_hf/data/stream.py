@@ -149,6 +149,11 @@ class PixelStream(IterableDataset):
         """The same samples in the order they are stored, without augmentation."""
         return self._view(augmentation="none", _shuffle=False)
 
+    def first(self, count: int) -> list[Item]:
+        """The first `count` samples as they are stored, without augmentation. Later passes are not affected."""
+        with seeded(self._seed):
+            return list(itertools.islice(self._view(augmentation="none", _shuffle=False, num_workers=0), count))
+
     def without_broken(self) -> PixelStream:
         """The same samples without the images that cannot be read. Reads and decodes all once."""
         if self.broken_images == "raise":
@@ -272,7 +277,8 @@ class PixelStream(IterableDataset):
             )
 
     def _pixels(self, row: Row, content: int) -> Tensor:
-        name = f"{self._source.image_column} of sample {row.key} of {self.name}"
+        shard = f" ({row.shard})" if row.shard else ""
+        name = f"{self._source.image_column} of sample {row.key} of {self.name}{shard}"
         try:
             # The augmentation of an image depends on nothing but seed, epoch and the image.
             with seeded(self._seed, self._epoch, content):

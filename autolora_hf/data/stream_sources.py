@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
+import tarfile
+import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -40,14 +42,17 @@ MOST_SAMPLES = 100_000_000
 _REPORT_EVERY = 100_000
 # How many samples are read a second time, to see whether a stream can be.
 _PROBE = 8
+# What reading a tar file that was cut off or overwritten raises, compressed or not.
+_DAMAGED = (tarfile.TarError, EOFError, zlib.error)
 
 
 class Row(NamedTuple):
-    """One sample as the stream gives it; `key` is what messages call it."""
+    """One sample as the stream gives it; `key` is what messages call it, `shard` the tar file it is in, if any."""
 
     image: Any
     label: Any
     key: str
+    shard: str | None = None
 
 
 @dataclass(frozen=True)
@@ -103,13 +108,17 @@ class ArrowStream:
         self.class_names = getattr(known[self.label_column], "names", None)
         self._feature = known[self.image_column] if self.image_column in images else datasets.Image()
         self._value_type = None if self.image_column in images else value_type(known[self.image_column])
-        columns = [name for name in (self.image_column, self.label_column, "__key__") if name in known]
+        columns = [name for name in (self.image_column, self.label_column, "__key__", "__url__") if name in known]
         # Whatever may be shuffled in a buffer stays encoded.
         plain = dataset if features is None else dataset.decode(False)
         self._rows = plain.with_format(None).select_columns(columns)
 
     def rows(self, epoch: int = 0, seed: int | None = None, buffer_size: int = 1) -> Iterator[Row]:
-        """One pass; with a `seed` shuffled, differently in each `epoch`, unless the stream shuffles by itself."""
+        """One pass; with a `seed` shuffled, differently in each `epoch`, unless the stream shuffles by itself.
+
+        Raises:
+            ValueError: If a tar shard is damaged, with its path.
+        """
         if seed is None:
             rows = self._rows
         elif self.is_shuffled:
@@ -118,11 +127,14 @@ class ArrowStream:
         else:
             rows = self._rows.shuffle(seed=seed, buffer_size=buffer_size)
             rows.set_epoch(epoch)
-        for position, row in enumerate(rows):
-            image = row[self.image_column]
-            if isinstance(image, list):
-                image = np.asarray(image, dtype=self._value_type)
-            yield Row(image, row[self.label_column], row.get("__key__", str(position)))
+        try:
+            for position, row in enumerate(rows):
+                image = row[self.image_column]
+                if isinstance(image, list):
+                    image = np.asarray(image, dtype=self._value_type)
+                yield Row(image, row[self.label_column], row.get("__key__", str(position)), row.get("__url__"))
+        except _DAMAGED as error:
+            raise _damaged(", ".join(_damaged_shards(self.dataset)) or "a shard", error) from error
 
     def decode(self, image: Any) -> Any:
         """The image that the stored form stands for.
@@ -247,13 +259,38 @@ def load_shards(pattern: str | Path | list[str]) -> datasets.IterableDataset:
 
     Raises:
         FileNotFoundError: If there are none.
-        ValueError: If they are not in that format.
+        ValueError: If they are not in that format, or the first of them is damaged.
     """
     try:
         files = str(pattern) if isinstance(pattern, Path) else pattern
         return datasets.load_dataset("webdataset", data_files=files, split="train", streaming=True)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"There are no shards {str(pattern)!r}: {error}") from error
+    except IndexError as error:  # a pattern was resolved to an empty list of files
+        raise FileNotFoundError(f"There are no shards: no file matches {str(pattern)!r}.") from error
+    except _DAMAGED as error:  # the columns are those of the first one
+        raise _damaged(f"{pattern} (the first file of it)", error) from error
+
+
+def _damaged(shards: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"Damaged tar file, perhaps cut off while it was copied: {shards} ({error}). Copy or download it again, or "
+        "leave it out."
+    )
+
+
+def _damaged_shards(dataset: datasets.IterableDataset) -> list[str]:
+    """Paths of the tar files that cannot be read to their end. Reads all of them."""
+    found = []
+    for part in stages(dataset._ex_iterable):
+        files = getattr(part, "kwargs", {})
+        for path, members in zip(files.get("tar_paths", ()), files.get("tar_iterators", ()), strict=False):
+            try:
+                for _, file in members:
+                    file.read()
+            except _DAMAGED:
+                found.append(str(path))
+    return found
 
 
 def _shuffled(rows: Iterable[Row], buffer_size: int, generator: np.random.Generator) -> Iterator[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from transformers import TrainingArguments
@@ -122,6 +123,9 @@ class AutoLoraTrainingArguments(TrainingArguments):
         for name in ("learning_rate", "halving_interval"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if self.num_train_epochs is not None and self.num_train_epochs < 1:
             raise ValueError(f"`num_train_epochs` must be at least 1, got {self.num_train_epochs}.")
         if not 0 < self.validation_fraction < 1:
@@ -172,6 +176,18 @@ class AutoLoraTrainingArguments(TrainingArguments):
                 "`fsdp_config={'activation_checkpointing': ...}` is not possible: layers that FSDP recomputes would "
                 "not know their route. Use `activation_checkpointing=True` instead."
             )
+
+    def create_output_dir(self) -> None:
+        """Creates the output folder, where this process saves; an `OSError` tells what is in the way."""
+        if not self.should_save:
+            return
+        try:
+            Path(self.output_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise type(error)(
+                f"`output_dir` {self.output_dir!r} cannot be created: {error.strerror}. Choose a folder that you may "
+                "write to."
+            ) from error
 
     def resolve_optimizer(self, mode: str) -> None:
         """Fills in optimizer and learning rate where they were left open.

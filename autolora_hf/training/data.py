@@ -67,7 +67,8 @@ def prepare_data(
     check_labels(validation.labels, num_classes, "eval_dataset")
     check_class_names(train.class_names, validation.class_names, "eval_dataset")
     validation = without_absent(_reading_as(args.broken_images, validation))
-    return train, without_broken(_new_images(train, validation))
+    # Broken images first: the same error page in both sets is no image that they share.
+    return train, _new_images(train, without_broken(validation))
 
 
 def hold_out(train: PixelDataset, fraction: float, seed: int) -> tuple[PixelDataset, PixelDataset]:

@@ -18,6 +18,7 @@ import torch
 from scipy.stats import binom, hypergeom
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..data import PixelDataset, PixelStream
 from ..files import write_json
 from .robust_start import IMAGES, MOVABLE, feature_displacement
 
@@ -288,14 +289,23 @@ class DiagnosisCallback(TrainerCallback):
 
     def _measure_start(self) -> None:
         trainer = self.trainer
-        data = trainer.train_dataset
-        chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(trainer.args.seed))[:IMAGES]
         try:
-            plain = data.select(chosen.tolist(), augmentation="none")
-            pixels = torch.stack([plain[index]["pixel_values"] for index in range(len(plain))]).to(trainer.args.device)
+            pixels = _some_images(trainer.train_dataset, trainer.args.seed).to(trainer.args.device)
             moved = feature_displacement(trainer.model, pixels, trainer.args.threat_model, trainer.args.seed)
-        except Exception as error:  # whatever it is, training goes on without this measurement
+        # Images that cannot be read and models that cannot be attacked so: training goes on without this measurement.
+        except (OSError, ValueError, RuntimeError) as error:
             logger.info("Whether the backbone is robustly pre-trained could not be measured: %r.", error)
             return
         if not math.isnan(moved):
             trainer.log({DISPLACEMENT: moved})
+
+
+def _some_images(data: PixelDataset | PixelStream, seed: int) -> torch.Tensor:
+    """Unaugmented pixels of a few images, N x 3 x H x W, the same in every process: drawn, or a stream's first."""
+    if isinstance(data, PixelStream):
+        items = data.first(IMAGES)
+    else:
+        chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:IMAGES]
+        plain = data.select(chosen.tolist(), augmentation="none")
+        items = [plain[index] for index in range(len(plain))]
+    return torch.stack([item["pixel_values"] for item in items])

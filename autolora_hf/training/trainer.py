@@ -97,6 +97,7 @@ class AutoLoraTrainer(StreamingTrainer, PublishingTrainer):
             )
         model.threat_model = args.threat_model
         args.resolve_optimizer(model.autolora_config.mode)
+        args.create_output_dir()
         self.objective = OBJECTIVES[args.objective]()
         train, validation = self._prepare_data(model, args, train_dataset, eval_dataset)
         self.plan = self._make_plan(args, train, validation, eval_dataset is None)
