@@ -480,7 +480,7 @@ def test_command(tmp_path):
 @pytest.mark.slow
 def test_memory():
     script = Path(__file__).parents[1] / "scripts" / "streaming_memory.py"
-    command = [sys.executable, str(script), "--allowance", "100", "--factor", "5"]
+    command = [sys.executable, str(script), "--allowance", "100", "--factor", "2"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "within" in run.stdout

@@ -506,7 +506,7 @@ def snippet(repository, tensors):
     names = {}
     exec(code[0], names)
     found = run(names["model"], tensors["images"])
-    return [len(code), torch.allclose(found, tensors["robust"], rtol=1e-5, atol=1e-5)]
+    return [len(code), torch.allclose(found, tensors["robust"], rtol=1e-4, atol=1e-4)]
 answer = {"resized": snippet("alice/resized", load_file(Path(folder, "resized.safetensors")))}
 for case in sys.argv[4:]:
     tensors, name = load_file(Path(folder, f"{case}.safetensors")), case.split("-")[0]
@@ -529,8 +529,8 @@ for case in sys.argv[4:]:
     result["warnings"] = [str(w.message) for w in caught if "is_gradient_checkpointing" not in str(w.message)]
     found = run(model, tensors["images"])
     result["equal"] = torch.equal(found, tensors["robust"])
-    result["close"] = torch.allclose(found, tensors["robust"], rtol=1e-5, atol=1e-5)
-    result["natural"] = torch.allclose(run(natural, tensors["images"]), tensors["natural"], rtol=1e-5, atol=1e-5)
+    result["close"] = torch.allclose(found, tensors["robust"], rtol=1e-4, atol=1e-4)
+    result["natural"] = torch.allclose(run(natural, tensors["images"]), tensors["natural"], rtol=1e-4, atol=1e-4)
     result["snippet"] = snippet(f"alice/{case}", tensors)
     if not adapter and not of_timm:
         processor = AutoImageProcessor.from_pretrained(f"alice/{case}")
