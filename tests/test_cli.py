@@ -134,12 +134,12 @@ def test_a_command_that_is_given_again_goes_on_to_the_same_bits(workplace, monke
     assert weights("killed", "--resume-from-checkpoint", str(workplace / "whole" / first.name)) == whole
 
 
-def test_evaluate_refuses_other_classes(workplace, monkeypatch, capsys):
+def test_evaluate_refuses_other_classes(workplace, full, monkeypatch, capsys):
     monkeypatch.chdir(workplace)
     for name in ("red", "green", "yellow"):
         (workplace / "others" / name).mkdir(parents=True)
         Image.new("RGB", (32, 32)).save(workplace / "others" / name / "0.png")
-    assert main(["evaluate", "full", "--data", "others", "--attack", "pgd"]) == 1
+    assert main(["evaluate", "full-model", "--data", "others", "--attack", "pgd"]) == 1
     assert "other classes than the model was trained on" in capsys.readouterr().err
 
 
