@@ -99,9 +99,9 @@ def load_backbone(
         raise ValueError(f"{name} could not be loaded ({type(error).__name__}: {str(error)[:2000]}).") from error
     if pretrained:
         weights = model.state_dict()
-        finite = all(tensor.isfinite().all() for tensor in weights.values())
-        # What a new network has at infinity may be there in a saved one.
-        check_finite(weights, folder, None if finite else load(source, num_classes, False, size).state_dict())
+        if not all(tensor.isfinite().all() for tensor in weights.values()):
+            # What a new network has at infinity may be there in a saved one.
+            check_finite(weights, folder, load(source, num_classes, False, size).state_dict())
     return model
 
 

@@ -44,7 +44,7 @@ def row(name: str, folder: Path) -> dict[str, str]:
     """Compares what both processes wrote into `folder` with one process that takes no micro steps."""
     scenario = SCENARIOS[name]
     one = train(scenario, folder / f"{name}-one", accumulation=1)
-    pair = [torch.load(folder / name / f"rank-{rank}.pt") for rank in range(2)]
+    pair = [torch.load(folder / name / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
     losses = [abs(a - b) / abs(a) for two in pair for a, b in zip(_flat(one), _flat(two), strict=True)]
     changes = [
         gap(parameters(end, one["start"]), parameters(other, one["start"]))

@@ -4,6 +4,7 @@ import json
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -403,8 +404,7 @@ def test_image_size_on_the_command_line(tmp_path, monkeypatch):
         asked.append(keywords["image_size"])
         raise ValueError("enough")
 
-    monkeypatch.setattr("autolora_hf.cli.train.open_data", lambda *_: None)
-    monkeypatch.setattr("autolora_hf.cli.train._number_of_classes", lambda *_: 10)
+    monkeypatch.setattr("autolora_hf.cli.train.open_data", lambda *_: [(np.zeros((8, 8), np.uint8), 0)])
     monkeypatch.setattr("autolora_hf.cli.train.get_autolora_model", stop)
     options = f"train --model x --train-data digits --train-split train --output_dir {tmp_path}".split()
     for extra in ([], ["--image-size", "96"], ["--image_size", "96", "128"]):

@@ -3,24 +3,15 @@
 What is checked of an architecture is in `scripts/coverage_checks.py`.
 """
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
 import timm
+from script_modules import load
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 
 ROOT = Path(__file__).parents[1]
-
-
-def load(script):
-    """A script as a module; the folder does not go on the path, where `coverage` would hide a package of that name."""
-    spec = importlib.util.spec_from_file_location(script, ROOT / "scripts" / f"{script}.py")
-    sys.modules[script] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 checks = load("coverage_checks")

@@ -1,27 +1,17 @@
 """Training runs that are killed at random moments end as if nothing had happened."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from script_modules import SCRIPTS, load
 
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "kill_matrix.py"
 KILLS = 7
 
-
-def load():
-    spec = importlib.util.spec_from_file_location("kill_matrix", SCRIPT)
-    sys.modules["kill_matrix"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-matrix = load()
+matrix = load("kill_matrix")
 
 
 @pytest.mark.slow
@@ -29,7 +19,16 @@ matrix = load()
 def test_killed_runs_end_with_the_same_bits(tmp_path, name):
     """42 kills in all. In a process of its own, since it forks."""
     report = tmp_path / "report.json"
-    command = [sys.executable, str(SCRIPT), "--kills", str(KILLS), "--only", name, "--output", str(report)]
+    command = [
+        sys.executable,
+        str(SCRIPTS / "kill_matrix.py"),
+        "--kills",
+        str(KILLS),
+        "--only",
+        name,
+        "--output",
+        str(report),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -11,7 +11,8 @@ from test_trainer import logged, new_trainer
 from transformers import TrainerCallback
 
 from autolora_hf import AutoLoraTrainer, ThreatModel
-from autolora_hf.training.numerics import MOST_IN_A_ROW, hits, in_ball
+from autolora_hf.attacks.pgd import hits
+from autolora_hf.training.numerics import MOST_IN_A_ROW, in_ball
 
 
 class Poisoned(AutoLoraTrainer):

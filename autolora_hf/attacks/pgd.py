@@ -196,6 +196,14 @@ class PGD:
         return hit if self.loss == "targeted" else ~hit, self._losses(logits, labels, reference)
 
 
+def hits(logits: Any, labels: Any) -> Any:
+    """Which rows of `logits`, N x K, are largest at their label; tensors or arrays. Rows with a NaN are wrong.
+
+    `argmax` alone takes the first NaN for the largest value.
+    """
+    return (logits.argmax(-1) == labels) & ~(logits != logits).any(-1)
+
+
 def logits_of(output: Any) -> Tensor:
     """The logits tensor of a model output: a tensor, or anything with `.logits`."""
     if isinstance(output, Tensor):

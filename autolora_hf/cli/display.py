@@ -8,8 +8,14 @@ from collections.abc import Mapping
 from ..evaluation import RobustnessReport
 
 
-def show_progress() -> None:
-    """Sends the package's own messages to the terminal and silences the chatter of the libraries below."""
+def show_progress(is_main_process: bool = True) -> None:
+    """Sends the package's own messages to the terminal and silences the chatter of the libraries below.
+
+    Of several processes all but the main one are silent up to warnings: what is to be said is said once.
+    """
+    if not is_main_process:
+        logging.disable(logging.WARNING)
+        return
     from transformers.utils import logging as transformers_logging
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

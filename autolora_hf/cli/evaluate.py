@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import logging
 
 import torch
 from accelerate import PartialState
@@ -66,11 +65,7 @@ def run(argv: list[str]) -> None:
 
 
 def _measure(args: argparse.Namespace, state: PartialState) -> RobustnessReport:
-    if state.is_main_process:
-        show_progress()
-    else:
-        # What is to be said is said once.
-        logging.disable(logging.WARNING)
+    show_progress(state.is_main_process)
     with all_processes().together():
         source = open_data(args.data, args.split)
         model = open_model(args)

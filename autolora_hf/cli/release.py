@@ -143,15 +143,16 @@ def _split(model: AutoLoraModel, train: PixelDataset, seed: int) -> tuple[PixelD
     total = [plan.get(key) for key in ("training_images", "validation_images")]
     fraction, used = plan.get("validation_fraction"), plan.get("seed")
     known = all(isinstance(number, int) for number in [*total, used]) and isinstance(fraction, float)
+    train = without_absent(train)
     if known and 0 < fraction < 1:
-        kept, held_out = hold_out(without_absent(train), fraction, used)
+        kept, held_out = hold_out(train, fraction, used)
         if [len(kept), len(held_out)] == total:
-            return kept.select(range(len(kept)), augmentation="none"), held_out
+            return kept, held_out
     logger.warning(
         "Nothing tells which of the training images the model was not fitted to, so --keep is judged on images "
         "that it may have seen. Give --validation-data with new ones (not the test data)."
     )
-    return hold_out(without_absent(train), 0.1, seed)
+    return hold_out(train, 0.1, seed)
 
 
 def _subset(data: PixelDataset, size: int, seed: int) -> PixelDataset:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import shlex
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from ..config import AutoLoraConfig, PixelRadius, radius_argument
-from ..data import PixelStream, as_pixel_dataset, as_pixel_stream, is_stream
+from ..data import as_pixel_dataset, as_pixel_stream, is_stream
 from ..factory import get_autolora_model
 from ..pixels import Preprocessing
 from ..training import AutoLoraTrainer, AutoLoraTrainingArguments
@@ -120,19 +119,19 @@ def run(argv: list[str]) -> None:
     parser = build_parser()
     model_args, data, args, _ = parser.parse_args_into_dataclasses(argv)
     main = args.process_index == 0
-    if main:
-        show_progress()
-    else:
-        # What is to be said is said once.
-        logging.disable(logging.WARNING)
+    show_progress(main)
     # Everything that can be wrong is read and checked before the first training step.
     train = open_data(data.train_data, data.train_split)
     validation = open_data(data.validation_data, data.validation_split) if data.validation_data else None
     test = open_data(data.test_data, data.test_split) if data.test_data else None
     columns = {"image_column": args.image_column, "label_column": args.label_column}
+    # Opened once: the number of classes does not depend on the preprocessing, which is only known with the model.
     if is_stream(train):
-        # Read once for the number of classes; the trainer takes it over with the preprocessing of the model.
         train = as_pixel_stream(train, Preprocessing(), name="train_dataset", **columns)
+        num_classes = train.num_classes
+    else:
+        opened = as_pixel_dataset(train, Preprocessing(), name="training data", **columns)
+        train, num_classes = opened.source, opened.num_classes
 
     config = AutoLoraConfig(
         mode=model_args.mode,
@@ -148,7 +147,7 @@ def run(argv: list[str]) -> None:
     model = get_autolora_model(
         model_args.model,
         config,
-        num_classes=_number_of_classes(train, columns),
+        num_classes=num_classes,
         image_size=_image_size(model_args.image_size),
     )
     trainer = AutoLoraTrainer(model, args, train_dataset=train, eval_dataset=validation)
@@ -186,10 +185,3 @@ def _data_name(source: str) -> str:
     """What the card calls the data: the folder's name, or its parent's if it is named like a split."""
     path = Path(source)
     return path.resolve().parent.name if path.name in ("train", "training") and path.is_dir() else path.name
-
-
-def _number_of_classes(train: object, columns: dict[str, str | None]) -> int:
-    if isinstance(train, PixelStream):
-        return train.num_classes
-    # The number of classes does not depend on the preprocessing, which is only known with the model.
-    return as_pixel_dataset(train, Preprocessing(), name="training data", **columns).num_classes

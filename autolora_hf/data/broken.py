@@ -11,6 +11,7 @@ import numpy as np
 
 from .dataset import PixelDataset
 from .images import BrokenImageError
+from .sources import shorten
 from .stored import ABSENT
 
 
@@ -61,8 +62,7 @@ def find_broken(data: PixelDataset, positions: Sequence[int] | None = None) -> l
 
 def listing(data: PixelDataset, positions: Sequence[int], limit: int = 5) -> str:
     """Names of some images of `data`, for a message."""
-    shown = ", ".join(data.image_name(position) for position in positions[:limit])
-    return shown + (f" and {len(positions) - limit} more" if len(positions) > limit else "")
+    return shorten([data.image_name(position) for position in positions], limit)
 
 
 def _left_out(data: PixelDataset, positions: list[int], problem: str) -> PixelDataset:

@@ -220,6 +220,17 @@ def as_broken(error: Exception) -> Exception:
     return BrokenImageError(str(error) or type(error).__name__)
 
 
+def check_readable(image: Any) -> None:
+    """Decodes a PIL image that may only have been opened. Raises `BrokenImageError` if it cannot, and for `None`."""
+    if image is None:
+        raise BrokenImageError("there is no image (None)")
+    if isinstance(image, Image.Image):
+        try:
+            image.load()
+        except Exception as error:
+            raise as_broken(error) from error
+
+
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:
     """Inside, torch's global CPU generator starts from `key` (not negative); afterwards it is as it was before."""

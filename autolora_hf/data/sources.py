@@ -20,7 +20,7 @@ from torch.utils.data import ConcatDataset, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 
 from .identity import Identity, arrow_identity, map_identity
-from .images import BrokenImageError, as_broken, decode_file, decode_image
+from .images import BrokenImageError, as_broken, check_readable, decode_file, decode_image
 from .splits import is_integer
 
 
@@ -59,18 +59,14 @@ class ArrowSource:
 
     def __init__(self, dataset: datasets.Dataset, image_column: str | None, label_column: str | None) -> None:
         self.dataset = dataset
-        features = dataset.features
-        listing = ", ".join(f"{name} ({feature_name(feature)})" for name, feature in features.items())
-        images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-        classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-        self.image_column = find_column("image_column", image_column, images, IMAGE_NAMES, list(features), listing)
-        self.label_column = find_column("label_column", label_column, classes, LABEL_NAMES, list(features), listing)
+        self.image_column, self.label_column = typed_columns(dataset.features, image_column, label_column)
         self.class_names = class_names_of(dataset, self.label_column)
         self._rows = dataset.select_columns([self.image_column, self.label_column]).with_format("arrow")
-        self._feature = features[self.image_column] if self.image_column in images else None
+        feature = dataset.features[self.image_column]
+        self._feature = feature if isinstance(feature, datasets.Image) else None
         if self._feature is None:
             # Without a format arrays come as nested lists, and NumPy's own default makes every integer an int64.
-            arguments = {"columns": [self.image_column], "dtype": value_type(features[self.image_column])}
+            arguments = {"columns": [self.image_column], "dtype": value_type(feature)}
             self._rows = self._rows.with_format("numpy", output_all_columns=True, **arguments)
 
     def __len__(self) -> int:
@@ -115,17 +111,7 @@ class MapSource:
         self.dataset = dataset
         item = (None, 0) if isinstance(dataset, ClassFolder) else _first_readable(dataset)
         self._by_key = isinstance(item, Mapping)
-        self.image_column, self.label_column = "image", "label"
-        if self._by_key:
-            keys, listing = list(item), ", ".join(map(str, item))
-            self.image_column = find_column("image_column", image_column, [], IMAGE_NAMES, keys, listing)
-            self.label_column = find_column("label_column", label_column, [], LABEL_NAMES, keys, listing)
-        elif not isinstance(item, (tuple, list)) or len(item) != 2:
-            size = f" of {len(item)}" if isinstance(item, (tuple, list)) else ""
-            raise TypeError(
-                "Items of the data set must be pairs (image, label) or dictionaries with an image and a label, got "
-                f"{type(item).__name__}{size}."
-            )
+        self.image_column, self.label_column = item_columns(item, image_column, label_column, "data set")
         self.class_names = class_names_of(dataset, self.label_column)
 
     def __len__(self) -> int:
@@ -142,13 +128,7 @@ class MapSource:
         except (BrokenImageError, *_DECODING_ERRORS) as error:
             raise as_broken(error) from error
         image, label = (item[self.image_column], item[self.label_column]) if self._by_key else tuple(item)
-        if image is None:
-            raise BrokenImageError("there is no image (None)")
-        if isinstance(image, Image.Image):
-            try:
-                image.load()
-            except Exception as error:
-                raise as_broken(error) from error
+        check_readable(image)
         return image, label
 
     @cached_property
@@ -331,7 +311,50 @@ def _column(dataset: datasets.Dataset, name: str) -> list[Any]:
     return dataset.with_format("arrow").select_columns([name])[:].column(0).to_pylist()
 
 
-def find_column(
+def typed_columns(
+    features: Mapping[str, Any],
+    image_column: str | None,
+    label_column: str | None,
+    label_names: tuple[str, ...] = LABEL_NAMES,
+) -> tuple[str, str]:
+    """Image and label column of data with named columns; features that are not known are `None`."""
+    listing = ", ".join(f"{name} ({_feature_name(kind)})" if kind else name for name, kind in features.items())
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    return (
+        _find_column("image_column", image_column, images, IMAGE_NAMES, list(features), listing),
+        _find_column("label_column", label_column, classes, label_names, list(features), listing),
+    )
+
+
+def item_columns(
+    item: Any,
+    image_column: str | None,
+    label_column: str | None,
+    what: str,
+    label_names: tuple[str, ...] = LABEL_NAMES,
+) -> tuple[str, str]:
+    """Keys of image and label in items of a torch data set like `item`; what pairs have in their place for messages.
+
+    Raises:
+        TypeError: If items are neither pairs nor dictionaries; `what` is what the data is called.
+    """
+    if isinstance(item, Mapping):
+        keys, listing = list(item), ", ".join(map(str, item))
+        return (
+            _find_column("image_column", image_column, [], IMAGE_NAMES, keys, listing),
+            _find_column("label_column", label_column, [], label_names, keys, listing),
+        )
+    if not isinstance(item, (tuple, list)) or len(item) != 2:
+        size = f" of {len(item)}" if isinstance(item, (tuple, list)) else ""
+        raise TypeError(
+            f"Items of the {what} must be pairs (image, label) or dictionaries with an image and a label, got "
+            f"{type(item).__name__}{size}."
+        )
+    return "image", "label"
+
+
+def _find_column(
     argument: str, given: str | None, typed: list[str], names: tuple[str, ...], available: list[Any], listing: str
 ) -> str:
     """The column that was asked for, else the only one of the right type, else the only one of a usual name."""
@@ -365,7 +388,7 @@ def value_type(feature: Any) -> str | None:
     return getattr(feature, "dtype", None)
 
 
-def feature_name(feature: Any) -> str:
+def _feature_name(feature: Any) -> str:
     """What messages call the type of a column."""
     return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
 

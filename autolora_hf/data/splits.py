@@ -88,6 +88,19 @@ def stratified_split(
     Raises:
         ValueError: If `fraction` is outside (0, 1), or no class has a sample to spare.
     """
+    generator = np.random.default_rng(seed)
+    classes, seats = held_out_seats(labels, fraction, generator)
+    held_out = _draw(labels, classes, seats, generator)
+    if groups is not None:
+        held_out = _follow_first(labels, held_out, groups)
+    kept = np.setdiff1d(np.arange(len(labels)), held_out)
+    return kept.tolist(), held_out.tolist()
+
+
+def held_out_seats(
+    labels: Sequence[int], fraction: float, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """The classes, sorted, and how many samples of each [`stratified_split`] holds out."""
     if isinstance(fraction, bool) or not isinstance(fraction, numbers.Real) or not 0 < fraction < 1:
         raise ValueError(f"`fraction` must be between 0 and 1, both excluded, got {fraction!r}.")
     classes, counts = np.unique(np.asarray(labels), return_counts=True)
@@ -97,13 +110,8 @@ def stratified_split(
             f"Cannot hold out samples: {len(labels)} samples of {len(classes)} classes leave no class one to spare. "
             "Give a validation set of its own."
         )
-    generator = np.random.default_rng(seed)
     total = min(max(1, round(len(labels) * fraction)), int(room.sum()))
-    held_out = _draw(labels, classes, apportion(counts, room, total, generator), generator)
-    if groups is not None:
-        held_out = _follow_first(labels, held_out, groups)
-    kept = np.setdiff1d(np.arange(len(labels)), held_out)
-    return kept.tolist(), held_out.tolist()
+    return classes, _apportion(counts, room, total, generator)
 
 
 def _follow_first(labels: Sequence[int], held_out: np.ndarray, groups: np.ndarray) -> np.ndarray:
@@ -139,7 +147,7 @@ def stratified_subset(labels: Sequence[int], size: int, seed: int) -> list[int]:
         return list(range(len(labels)))
     classes, counts = np.unique(np.asarray(labels), return_counts=True)
     generator = np.random.default_rng(seed)
-    return _draw(labels, classes, apportion(counts, counts, int(size), generator), generator).tolist()
+    return _draw(labels, classes, _apportion(counts, counts, int(size), generator), generator).tolist()
 
 
 def is_integer(value: Any) -> bool:
@@ -147,7 +155,7 @@ def is_integer(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def apportion(counts: np.ndarray, room: np.ndarray, total: int, generator: np.random.Generator) -> np.ndarray:
+def _apportion(counts: np.ndarray, room: np.ndarray, total: int, generator: np.random.Generator) -> np.ndarray:
     """Seats of each class in proportion to `counts`, by largest remainder, at most `room` each, `total` together."""
     quotas = counts * (total / counts.sum())
     # The small addend undoes rounding errors such as 2.9999999999999996.

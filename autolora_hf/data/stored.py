@@ -35,6 +35,8 @@ class StoredImages:
         count (`int`): Number of rows.
     """
 
+    _is_opaque = True
+
     def __init__(self, read: Any, count: int) -> None:
         self._read, self._count = read, count
 
@@ -46,7 +48,7 @@ class StoredImages:
     @property
     def opaque(self) -> np.ndarray:
         """Which images can only be had by reading an item of the data set, with whatever it does to its images."""
-        return np.full(self._count, True)
+        return np.full(len(self.sizes), self._is_opaque)
 
     def encoded(self, row: int, last: int | None = None) -> Any:
         """The bytes of an image file, or the last ones of them."""
@@ -74,16 +76,14 @@ class StoredImages:
 
 
 class _Files(StoredImages):
+    _is_opaque = False
+
     def __init__(self, paths: Sequence[str]) -> None:
         self._paths = paths
 
     @cached_property
     def sizes(self) -> np.ndarray:
         return np.array([_file_size(path) for path in self._paths], dtype=np.int64)
-
-    @property
-    def opaque(self) -> np.ndarray:
-        return np.full(len(self._paths), False)
 
     def encoded(self, row: int, last: int | None = None) -> bytes:
         with open(self._paths[row], "rb") as file:
@@ -105,6 +105,8 @@ class _Files(StoredImages):
 class _ArrowFiles(StoredImages):
     """A column of feature `Image`: bytes of image files, or their paths."""
 
+    _is_opaque = False
+
     def __init__(self, dataset: datasets.Dataset, column: str) -> None:
         self._rows = None if dataset._indices is None else dataset._indices.column(0).to_numpy()
         self._chunks = [_bytes_and_paths(chunk) for chunk in dataset.data.column(column).chunks]
@@ -122,10 +124,6 @@ class _ArrowFiles(StoredImages):
             parts.append(lengths)
         sizes = np.concatenate(parts) if parts else np.zeros(0, np.int64)
         return sizes if self._rows is None else sizes[self._rows]
-
-    @property
-    def opaque(self) -> np.ndarray:
-        return np.full(len(self.sizes), False)
 
     def encoded(self, row: int, last: int | None = None) -> Any:
         data, path = self._at(row)
@@ -160,16 +158,14 @@ class _ArrowFiles(StoredImages):
 class _Arrays(StoredImages):
     """One array or tensor of all images, as data sets of torchvision keep it in `data`, before their transforms."""
 
+    _is_opaque = False
+
     def __init__(self, images: np.ndarray | Tensor) -> None:
         self._images = images
 
     @cached_property
     def sizes(self) -> np.ndarray:
         return np.full(len(self._images), NOT_ENCODED)
-
-    @property
-    def opaque(self) -> np.ndarray:
-        return np.full(len(self._images), False)
 
     def image(self, row: int) -> np.ndarray | Tensor:
         return self._images[row]

@@ -17,7 +17,7 @@ from ..pixels import Preprocessing
 from .dataset import BrokenImages
 from .images import Augmentation, BrokenImageError, PixelTransform, seeded
 from .sources import as_label
-from .splits import apportion
+from .splits import held_out_seats
 from .stored import StoredRows
 from .stream_sources import ArrowStream, Row, Scan, TorchStream, content_hash, scan_stream
 
@@ -197,7 +197,8 @@ class PixelStream(IterableDataset):
         # Another seed is to hold out other images.
         mask = int(np.random.default_rng(self._seed).integers(2**64, dtype=np.uint64))
         limits = np.zeros(int(self.labels.max()) + 1, dtype=np.uint64)
-        for label, count in _held_out_counts(self.labels, fraction, self._seed).items():
+        classes, seats = held_out_seats(self.labels, fraction, np.random.default_rng(self._seed))
+        for label, count in zip(classes, seats, strict=True):
             limits[label] = np.sort(self._scan.contents[self.labels == label] ^ np.uint64(mask))[count]
         split = {"_limits": limits, "_mask": mask}
         kept, held_out = (self._view(**split, _held_out=held_out) for held_out in (False, True))
@@ -378,20 +379,6 @@ class _Reads(IterableDataset):
 
     def __iter__(self) -> Iterator[Read]:
         return self.stream._items()
-
-
-def _held_out_counts(labels: np.ndarray, fraction: float, seed: int) -> dict[int, int]:
-    """How many samples of each class to hold out; see [`stratified_split`], whose samples a draw chooses."""
-    classes, counts = np.unique(labels, return_counts=True)
-    room = counts - 1
-    if room.sum() == 0:
-        raise ValueError(
-            f"Cannot hold out samples: {len(labels)} samples of {len(classes)} classes leave no class one to spare. "
-            "Give a validation set of its own."
-        )
-    total = min(max(1, round(len(labels) * fraction)), int(room.sum()))
-    seats = apportion(counts, room, total, np.random.default_rng(seed))
-    return dict(zip(classes.tolist(), seats.tolist(), strict=True))
 
 
 def _as_it_is(item: Any) -> Any:

@@ -15,20 +15,10 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 from datasets.iterable_dataset import BufferShuffledExamplesIterable, RepeatExamplesIterable
-from PIL import Image
 from torch.utils.data import IterableDataset
 
-from .images import BrokenImageError, as_broken
-from .sources import (
-    IMAGE_NAMES,
-    LABEL_NAMES,
-    as_label,
-    class_names_of,
-    decode_stored,
-    feature_name,
-    find_column,
-    value_type,
-)
+from .images import check_readable
+from .sources import LABEL_NAMES, as_label, class_names_of, decode_stored, item_columns, typed_columns, value_type
 from .stored import digest, pixel_digest
 
 
@@ -98,16 +88,12 @@ class ArrowStream:
         self.is_shuffled = any(isinstance(part, BufferShuffledExamplesIterable) for part in parts)
         features = dataset.features
         known = features if features is not None else dict.fromkeys(_first_item(dataset))
-        listing = ", ".join(f"{name} ({feature_name(type_)})" if type_ else name for name, type_ in known.items())
-        images = [name for name, feature in known.items() if isinstance(feature, datasets.Image)]
-        classes = [name for name, feature in known.items() if isinstance(feature, datasets.ClassLabel)]
-        self.image_column = find_column("image_column", image_column, images, IMAGE_NAMES, list(known), listing)
-        self.label_column = find_column(
-            "label_column", label_column, classes, STREAM_LABEL_NAMES, list(known), listing
-        )
+        self.image_column, self.label_column = typed_columns(known, image_column, label_column, STREAM_LABEL_NAMES)
         self.class_names = getattr(known[self.label_column], "names", None)
-        self._feature = known[self.image_column] if self.image_column in images else datasets.Image()
-        self._value_type = None if self.image_column in images else value_type(known[self.image_column])
+        feature = known[self.image_column]
+        is_image = isinstance(feature, datasets.Image)
+        self._feature = feature if is_image else datasets.Image()
+        self._value_type = None if is_image else value_type(feature)
         columns = [name for name in (self.image_column, self.label_column, "__key__", "__url__") if name in known]
         # Whatever may be shuffled in a buffer stays encoded.
         plain = dataset if features is None else dataset.decode(False)
@@ -163,16 +149,9 @@ class TorchStream:
         self.is_shuffled = hasattr(dataset, "set_epoch")
         item = _first_item(dataset)
         self._by_key = isinstance(item, Mapping)
-        self.image_column, self.label_column = "image", "label"
-        if self._by_key:
-            keys, listing = list(item), ", ".join(map(str, item))
-            self.image_column = find_column("image_column", image_column, [], IMAGE_NAMES, keys, listing)
-            self.label_column = find_column("label_column", label_column, [], STREAM_LABEL_NAMES, keys, listing)
-        elif not isinstance(item, (tuple, list)) or len(item) != 2:
-            raise TypeError(
-                "Items of the stream must be pairs (image, label) or dictionaries with an image and a label, got "
-                f"{type(item).__name__}."
-            )
+        self.image_column, self.label_column = item_columns(
+            item, image_column, label_column, "stream", STREAM_LABEL_NAMES
+        )
         self.class_names = class_names_of(dataset, self.label_column)
 
     def rows(self, epoch: int = 0, seed: int | None = None, buffer_size: int = 1) -> Iterator[Row]:
@@ -186,13 +165,7 @@ class TorchStream:
 
     def decode(self, image: Any) -> Any:
         """See [`ArrowStream.decode`]."""
-        if image is None:
-            raise BrokenImageError("there is no image (None)")
-        if isinstance(image, Image.Image):
-            try:
-                image.load()
-            except Exception as error:
-                raise as_broken(error) from error
+        check_readable(image)
         return image
 
     def _row(self, position: int, item: Any) -> Row:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..attacks.pgd import hits
 from ..checks import listed
 from ..config import ThreatModel
 from ..pixels import check_pixels
@@ -206,9 +207,7 @@ class Stages:
         self.target.eval()
         with torch.no_grad():
             logits = self.view(adversarial)
-        # An image for which the model answers NaN is not classified.
-        correct = (logits.argmax(1) == labels) & ~logits.isnan().any(1)
-        return correct.tolist(), [self.digests[row] for row in self.samples.rows(batch)]
+        return hits(logits, labels).tolist(), [self.digests[row] for row in self.samples.rows(batch)]
 
 
 def describe_device(device: torch.device) -> str:

@@ -6,7 +6,6 @@ import logging
 import math
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
@@ -197,14 +196,6 @@ def in_ball(adversarial: Tensor, pixels: Tensor, threat_model: ThreatModel) -> T
         size, tolerance = change.norm(dim=1).amax(), tolerance * math.sqrt(change.shape[1])
     low, high = adversarial.aminmax()
     return (size <= threat_model.eps + tolerance) & (low >= 0) & (high <= 1)
-
-
-def hits(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Which rows of `logits`, N x K, are largest at their label; rows with a NaN are wrong.
-
-    `argmax` alone takes the first NaN for the largest value.
-    """
-    return (np.argmax(logits, -1) == labels) & ~np.isnan(logits).any(-1)
 
 
 def _buffers(model: nn.Module) -> Any:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from ..attacks.pgd import PGD, attack_mode, logits_of
+from ..attacks.pgd import PGD, attack_mode, hits, logits_of
 from ..config import ThreatModel
 from ..data import PixelDataset, collate, describe_data
 from ..factory import get_autolora_model
@@ -36,7 +36,7 @@ from .distributed import (
     step_shares,
     synchronize,
 )
-from .numerics import StepGuard, hits
+from .numerics import StepGuard
 from .progress import EpochTableCallback
 from .publishing import PublishingTrainer
 from .redirect import call_inside
@@ -329,15 +329,14 @@ class AutoLoraTrainer(StreamingTrainer, PublishingTrainer):
             # Made once, since accelerate keeps every loader. Not by `get_eval_dataloader`, which returns that of the
             # validation set if its workers are persistent.
             self._plain_loader = self.get_test_dataloader(unaugmented(self.train_dataset))
-        hits, total = 0, 0
+        right, total = 0, 0
         with attack_mode(model), model.route(NATURAL):
             for inputs in self._plain_loader:
                 inputs = self._prepare_inputs(inputs)
                 logits = logits_of(model(self._images(model, inputs["pixel_values"])))
-                right = (logits.argmax(-1) == inputs["labels"]) & ~logits.isnan().any(-1)
-                hit = self.accelerator.gather_for_metrics(right)
-                hits, total = hits + hit.sum().item(), total + len(hit)
-        return hits / total
+                found = self.accelerator.gather_for_metrics(hits(logits, inputs["labels"]))
+                right, total = right + found.sum().item(), total + len(found)
+        return right / total
 
     # ---- logging ----
 

@@ -46,7 +46,7 @@ def two_processes(tmp_path_factory):
             result = torchrun(HERE / "training_worker.py", folder, *group)
             assert result.returncode == 0, result.stdout[-4000:]
             done.update(group)
-        return [torch.load(folder / name / f"rank-{rank}.pt") for rank in range(2)]
+        return [torch.load(folder / name / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
 
     return results
 
