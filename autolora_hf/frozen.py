@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from . import checkpointing
 from .attacks.pgd import forget_cached, logits_of
+from .attention import plain_attention
 from .layers import weight_name
 from .routes import ROBUST
 
@@ -21,14 +25,39 @@ if TYPE_CHECKING:
     from .modeling import AutoLoraModel
 
 
+logger = logging.getLogger(__name__)
+
+
 class FrozenRoute(nn.Module):
     """Pixels in [0, 1] to logits, like [`AutoLoraModel.pixel_space`] in eval mode, without adapters or gradients.
 
     Branches are added to the weights, and BatchNorm layers are folded into the convolutions before them: exact up to
-    rounding. The copy has weights of its own; [`refresh`] brings them up to date.
+    rounding. The copy has weights of its own; [`refresh`] brings them up to date. Autocast does not reach it: its
+    precision is what `dtype` says.
+
+    Args:
+        model (`AutoLoraModel`): What to copy.
+        route (`str`): Route of the model.
+        fold_norms (`bool`): Fold BatchNorm layers into convolutions.
+        channels_last (`bool`): Memory format of models with 2-d convolutions.
+        dtype (`torch.dtype`, *optional*): Precision of the network, for instance `torch.bfloat16`; normalisation,
+            logits and what is differentiated outside the network stay as they are. Default: the model's own, which is
+            exact.
+        compiled_batch (`int`, *optional*): Number of images of the batches that run through `torch.compile`; others
+            run eagerly, since each size would be compiled anew. If the compiled network fails or answers otherwise,
+            all batches run eagerly, with a warning.
     """
 
-    def __init__(self, model: AutoLoraModel, route: str = ROBUST) -> None:
+    def __init__(
+        self,
+        model: AutoLoraModel,
+        route: str = ROBUST,
+        *,
+        fold_norms: bool = True,
+        channels_last: bool = True,
+        dtype: torch.dtype | None = None,
+        compiled_batch: int | None = None,
+    ) -> None:
         super().__init__()
         base, device = model.get_base_model(), next(model.parameters()).device
         with model.route(route), torch.no_grad():
@@ -54,13 +83,30 @@ class FrozenRoute(nn.Module):
         # The live norms that are folded, by the name of the convolution; a plain dictionary, for the same reason.
         self._norms: dict[str, nn.Module] = {}
         self.refresh()
-        image = self.normalize(torch.full((1, 3, *model.preprocessing.image_size), 0.5, device=device))
-        self._fold(image.to(next(self.network.parameters()).dtype))
-        if any(isinstance(module, nn.Conv2d) for module in self.network.modules()):
+        if fold_norms:
+            image = self.normalize(torch.full((1, 3, *model.preprocessing.image_size), 0.5, device=device))
+            self._fold(image.to(self.dtype))
+        if dtype is not None and dtype != self.dtype:
+            # From here on `refresh` folds in the precision of the model and rounds once.
+            self.network.to(dtype)
+        if channels_last and any(isinstance(module, nn.Conv2d) for module in self.network.modules()):
             self.network.to(memory_format=torch.channels_last)
+        self.compiled_batch = compiled_batch
+        self._compiled: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the network."""
+        return next(self.network.parameters()).dtype
 
     def forward(self, pixels: Tensor) -> Tensor:
-        images = self.normalize(pixels).to(next(self.network.parameters()).dtype)
+        """Logits N x K of `pixels`, N x 3 x H x W, in the precision of the model that was copied."""
+        images = self.normalize(pixels)
+        with torch.autocast(pixels.device.type, enabled=False), plain_attention(pixels.device, self.dtype):
+            run = self._compile(images) if len(images) == self.compiled_batch else self._run
+            return run(images.to(self.dtype)).to(pixels.dtype)
+
+    def _run(self, images: Tensor) -> Tensor:
         return logits_of(self.network(images))
 
     @torch.no_grad()
@@ -82,6 +128,38 @@ class FrozenRoute(nn.Module):
         forget_cached(self.network)
         return self
 
+    def _compile(self, images: Tensor) -> Callable[[Tensor], Tensor]:
+        """The compiled network, after it was compared with the eager one once."""
+        if self._compiled is None:
+            # Launching thousands of small kernels is what takes time on a GPU: CUDA graphs launch them as one.
+            mode = "reduce-overhead" if images.is_cuda else None
+            compiled = torch.compile(self._run, dynamic=False, mode=mode)
+            try:
+                problem = self._difference(compiled, images.detach().to(self.dtype))
+            except Exception as error:  # compilers fail with errors of every kind
+                problem = f"{type(error).__name__}: {str(error)[:500]}"
+            if problem:
+                logger.warning("Attacks run without torch.compile, which cannot be used here (%s).", problem)
+            self._compiled = self._run if problem else compiled
+        return self._compiled
+
+    def _difference(self, compiled: Callable[[Tensor], Tensor], images: Tensor) -> str:
+        """What tells the compiled network from the eager one on `images`; "" if only rounding does."""
+        results = []
+        with torch.enable_grad():
+            for run in (self._run, compiled):
+                given = images.clone().requires_grad_()
+                logits = run(given)
+                (gradient,) = torch.autograd.grad(logits.logsumexp(1).sum(), given)
+                results.append((logits.detach().clone(), gradient.clone()))
+        # Single entries of half precision may differ by more than the tolerance, norms do not.
+        bound = 100 * torch.finfo(self.dtype).eps
+        for what, eager, found in zip(("logits", "gradients"), *results, strict=True):
+            gap = ((eager - found).double().norm() / eager.double().norm().clamp(min=1e-30)).item()
+            if not gap <= bound:
+                return f"its {what} differ by {gap:.2g} of their norm"
+        return ""
+
     @torch.no_grad()
     def _fold(self, example: Tensor) -> None:
         """Folds every BatchNorm whose input is exactly the output of a convolution.
@@ -94,9 +172,16 @@ class FrozenRoute(nn.Module):
         for conv, norm in pairs:
             if modules[conv].bias is None:
                 modules[conv].bias = nn.Parameter(modules[conv].weight.new_zeros(modules[conv].out_channels), False)
-            self._norms[conv] = self._sources[norm][0]
-            self.network.set_submodule(norm, nn.Identity())
-            self._sources[norm][0] = self.network.get_submodule(norm)
+            live = self._norms[conv] = self._sources[norm][0]
+            rest = nn.Identity()
+            if isinstance(live, BatchNormAct2d):
+                # timm's layer of norm and activation: what follows the norm stays.
+                rest = nn.Sequential(modules[norm].drop, modules[norm].act)
+                for number, part in enumerate((live.drop, live.act)):
+                    for name, module in part.named_modules(prefix=f"{norm}.{number}"):
+                        self._sources[name] = [module, None, []]
+            self.network.set_submodule(norm, rest.eval())
+            self._sources[norm][0] = rest
         after = logits_of(self.refresh().network(example))
         if not torch.allclose(before, after, rtol=1e-3, atol=1e-3 * max(1.0, before.abs().max().item())):
             for conv, norm in pairs:
@@ -121,7 +206,7 @@ def _watch(network: nn.Module, example: Tensor) -> tuple[Tensor, list[tuple[str,
                 alive.append(output)  # an id is an identity only while its tensor lives
 
             hooks.append(module.register_forward_hook(after_conv))
-        elif type(module) is nn.BatchNorm2d and module.running_mean is not None and module.affine:
+        elif type(module) in (nn.BatchNorm2d, BatchNormAct2d) and module.running_mean is not None and module.affine:
 
             def before_norm(_module: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
                 if id(inputs[0]) in made:

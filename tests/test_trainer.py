@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -266,13 +267,13 @@ def test_the_attack_goes_through_the_deployed_route_in_eval_mode(tmp_path, name,
     def spy(view, *args, **kwargs):
         with torch.no_grad():
             attacked.append(view(images))
-        return attack(view, *args, **kwargs)
+        return attack.search(view, *args, **kwargs)
 
     def hook(module, *_):
         if module is base:
             passes.append((model.current_route, module.training))
 
-    trainer._train_attack = spy
+    trainer._train_attack = SimpleNamespace(search=spy)
     base.register_forward_hook(hook)
     trainer.compute_loss(model.train(), batch)
     (logits,) = attacked
@@ -295,9 +296,9 @@ def test_every_step_has_random_starts_of_its_own(tmp_path, accumulation):
 
         def spy(view, images, labels, start):
             seen.append((images, start))
-            return attack(view, images, labels, start=start)
+            return attack.search(view, images, labels, start=start)
 
-        trainer._train_attack = spy
+        trainer._train_attack = SimpleNamespace(search=spy)
         trainer.train()
         return [torch.cat(tensors) for tensors in zip(*seen, strict=True)]
 

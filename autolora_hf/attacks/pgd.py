@@ -137,6 +137,21 @@ class PGD:
         check_pixels(pixels)
         if start is not None and self.restarts > 1:
             raise ValueError("`start` fixes the first iterate, so it cannot be combined with `restarts` > 1.")
+        return self.search(model, pixels, labels, start=start, generator=generator)
+
+    def search(
+        self,
+        model: nn.Module,
+        pixels: Tensor,
+        labels: Tensor,
+        *,
+        start: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The attack itself, on pixels that are known to be right: it never makes the host wait for the device.
+
+        Arguments as of calling the instance.
+        """
         if generator is None:
             generator = torch.Generator(device=pixels.device).manual_seed(self.seed)
         pixels = pixels.detach()
@@ -173,12 +188,12 @@ class PGD:
             adversarial = (pixels + noise).clamp_(0, 1)
         else:
             adversarial = pixels
+        ball = Ball(pixels, self.threat_model)
         for _ in range(self.steps):
             adversarial = adversarial.detach().requires_grad_(True)
             loss = self._losses(logits_of(model(adversarial)), labels, reference).sum()
             (gradient,) = torch.autograd.grad(loss, adversarial)
-            adversarial = ascend(adversarial.detach(), gradient, self.step_size, self.threat_model)
-            adversarial = project(adversarial, pixels, self.threat_model)
+            adversarial = ball.ascend(adversarial.detach(), gradient, self.step_size)
         return adversarial
 
     def _losses(self, logits: Tensor, labels: Tensor, reference: Tensor | None) -> Tensor:
@@ -226,21 +241,29 @@ def random_perturbation(pixels: Tensor, threat_model: ThreatModel, generator: to
     return direction * radius.pow(1 / pixels[0].numel()) * threat_model.eps
 
 
-def ascend(adversarial: Tensor, gradient: Tensor, step_size: float, threat_model: ThreatModel) -> Tensor:
-    """One steepest-ascent step of length `step_size` in the norm of `threat_model`."""
-    if threat_model.norm == "linf":
-        return adversarial + step_size * gradient.sign()
-    return adversarial + step_size * gradient / l2_norms(gradient)
+class Ball:
+    """The images that a threat model allows: a ball around each of `pixels`, N x C x H x W, within [0, 1]."""
 
+    def __init__(self, pixels: Tensor, threat_model: ThreatModel) -> None:
+        self.pixels, self.threat_model = pixels, threat_model
+        if threat_model.norm == "linf":
+            # Ball and [0, 1] are both boxes, and so is what they have in common: one clamp instead of two.
+            self._low = (pixels - threat_model.eps).clamp_(0, 1)
+            self._high = (pixels + threat_model.eps).clamp_(0, 1)
 
-def project(adversarial: Tensor, pixels: Tensor, threat_model: ThreatModel) -> Tensor:
-    """Projects onto the ball around `pixels`, then onto [0, 1]; the second step never leaves the ball."""
-    if threat_model.norm == "linf":
-        adversarial = adversarial.clamp(pixels - threat_model.eps, pixels + threat_model.eps)
-    else:
-        change = adversarial - pixels
-        adversarial = pixels + change * (threat_model.eps / l2_norms(change)).clamp(max=1)
-    return adversarial.clamp_(0, 1)
+    def ascend(self, images: Tensor, gradient: Tensor, step_size: float) -> Tensor:
+        """One steepest-ascent step of length `step_size` in the norm of the threat model, projected."""
+        if self.threat_model.norm == "linf":
+            return self.project(images + step_size * gradient.sign())
+        return self.project(images + step_size * gradient / l2_norms(gradient))
+
+    def project(self, images: Tensor) -> Tensor:
+        """Projects onto the ball, then onto [0, 1]; the second step never leaves the ball."""
+        if self.threat_model.norm == "linf":
+            return images.clamp(self._low, self._high)
+        change = images - self.pixels
+        images = self.pixels + change * (self.threat_model.eps / l2_norms(change)).clamp(max=1)
+        return images.clamp_(0, 1)
 
 
 def l2_norms(tensor: Tensor) -> Tensor:

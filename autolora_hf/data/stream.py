@@ -208,6 +208,15 @@ class PixelStream(IterableDataset):
             )
         return kept, held_out.plain()
 
+    def bounded(self, size: int) -> PixelStream:
+        """About `size` samples, in proportion to the classes and the same ones in every pass, as in [`hold_out`].
+
+        All of them if there are no more, if they differ from pass to pass, and of what already is a part.
+        """
+        if len(self) <= size or not self._scan.repeats or self._limits is not None:
+            return self
+        return self.hold_out(size / len(self))[1]
+
     def reopen(
         self, preprocessing: Preprocessing, augmentation: Augmentation, name: str, **options: Any
     ) -> PixelStream:

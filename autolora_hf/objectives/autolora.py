@@ -32,5 +32,6 @@ class AutoLora:
         lambda1, lambda2 = scalars
         loss = lambda1 * natural_ce + (1 - lambda1) * robust_ce + lambda2 * kl
         terms = {"natural_loss": natural_ce.detach(), "robust_loss": robust_ce.detach(), "kl": kl.detach()}
+        terms["train_natural_accuracy"] = (natural.argmax(-1) == batch.labels).to(loss).mean()
         terms["train_robust_accuracy"] = (robust.argmax(-1) == batch.labels).to(loss).mean()
         return ObjectiveOutput(loss, terms)

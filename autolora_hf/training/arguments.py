@@ -38,8 +38,32 @@ class AutoLoraTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "PGD step in [0, 1] pixels. Default: eps / 4 (the paper's 2/255 at 8/255)."}
     )
     eval_attack_steps: int = field(default=10, metadata={"help": "PGD steps on the validation set, each epoch."})
+    attack_bf16: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Let attacks search in bfloat16; what they find is judged by the model as it is. Default: with "
+            "`bf16=True`, if the threat model allows changes of 2/255 or more; below that it makes attacks weaker."
+        },
+    )
+    attack_compile: bool = field(
+        default=False,
+        metadata={"help": "Run training attacks through torch.compile: it takes minutes first, for runs of hours."},
+    )
+    attack_fold_norms: bool = field(
+        default=True, metadata={"help": "Attack a copy whose BatchNorm layers are folded into convolutions (exact)."}
+    )
+    channels_last: bool = field(
+        default=True, metadata={"help": "Compute convolutions in the channels-last memory format (exact)."}
+    )
     scalar_alpha: float = field(default=1.0, metadata={"help": "Sharpness alpha of the automatic loss scalars."})
     scalar_lambda2_max: float = field(default=6.0, metadata={"help": "Largest weight of the KL term."})
+    scalar_accuracy: str = field(
+        default="exact",
+        metadata={
+            "help": "Training accuracy behind the loss scalars: 'exact' measures it on the training images after "
+            "every epoch (about 4 per cent of the time); 'running' is its mean over the epoch's batches, for nothing."
+        },
+    )
     halving_rule: str = field(
         default="paper", metadata={"help": "Rule of the automatic learning rate: 'paper' or 'released'."}
     )
@@ -54,6 +78,13 @@ class AutoLoraTrainingArguments(TrainingArguments):
     )
     validation_fraction: float = field(
         default=0.05, metadata={"help": "Share of the training set held out when no validation set is given."}
+    )
+    max_validation_images: int | None = field(
+        default=2000,
+        metadata={
+            "help": "About this many validation images at most, the same in every epoch and in proportion to the "
+            "classes: each costs as much as a training image. Without a validation set no more are held out."
+        },
     )
     augmentation: str = field(
         default="crop-flip",
@@ -100,6 +131,10 @@ class AutoLoraTrainingArguments(TrainingArguments):
             "without the interruption; or the folder of a checkpoint. In Python an argument of `train`."
         },
     )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Not needed: such losses are left out of the log without waiting for the device."},
+    )
     # Our collator takes columns by name, and every trainable parameter gets a gradient once a step.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Not used: columns are chosen by name."})
     ddp_find_unused_parameters: bool | None = field(
@@ -113,6 +148,8 @@ class AutoLoraTrainingArguments(TrainingArguments):
             raise ValueError(f"`augmentation` must be 'none', 'crop' or 'crop-flip', got {self.augmentation!r}.")
         if self.broken_images not in ("skip", "raise"):
             raise ValueError(f"`broken_images` must be 'skip' or 'raise', got {self.broken_images!r}.")
+        if self.scalar_accuracy not in ("exact", "running"):
+            raise ValueError(f"`scalar_accuracy` must be 'exact' or 'running', got {self.scalar_accuracy!r}.")
         if self.halving_rule not in ("paper", "released"):
             raise ValueError(f"`halving_rule` must be 'paper' or 'released', got {self.halving_rule!r}.")
         if self.scalar_alpha <= 0 or self.scalar_lambda2_max < 0:
@@ -120,7 +157,7 @@ class AutoLoraTrainingArguments(TrainingArguments):
                 f"`scalar_alpha` must be positive and `scalar_lambda2_max` not negative, got {self.scalar_alpha} and "
                 f"{self.scalar_lambda2_max}."
             )
-        for name in ("learning_rate", "halving_interval"):
+        for name in ("learning_rate", "halving_interval", "max_validation_images"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
@@ -201,6 +238,11 @@ class AutoLoraTrainingArguments(TrainingArguments):
             self.optim_args = "momentum=0.9"
         if self.learning_rate is None:
             self.learning_rate = 0.01 if mode == "full" else 0.005
+
+    def limit_held_out(self, images: int) -> None:
+        """Makes `validation_fraction` of `images` training images no more than `max_validation_images`."""
+        if self.max_validation_images is not None:
+            self.validation_fraction = min(self.validation_fraction, self.max_validation_images / images)
 
     @property
     def threat_model(self) -> ThreatModel:

@@ -51,6 +51,8 @@ class StepGuard(TrainerCallback):
         self._findings: list[dict[str, Tensor]] = []
         self._terms: list[dict[str, Tensor]] = []
         self._step_terms: list[dict[str, Tensor]] = []
+        # As `_terms`, but of the whole epoch, whenever something is logged.
+        self._epoch_terms: list[dict[str, Tensor]] = []
 
     # ---- inside the forward pass ----
 
@@ -87,6 +89,12 @@ class StepGuard(TrainerCallback):
         means = {name: torch.stack([terms[name] for terms in self._terms]).mean() for name in names}
         self._terms = []
         return means
+
+    def pop_epoch_mean(self, name: str) -> Tensor | None:
+        """Mean of one term over the steps since the last call, without the skipped ones; `None` if there were none."""
+        values = [terms[name] for terms in self._epoch_terms]
+        self._epoch_terms = []
+        return torch.stack(values).mean() if values else None
 
     # ---- around the optimizer step ----
 
@@ -137,7 +145,9 @@ class StepGuard(TrainerCallback):
     def _accept(self) -> None:
         # The mean of the step, whatever its number of micro steps: as `Trainer` does with the loss.
         names = self._step_terms[0] if self._step_terms else ()
-        self._terms.append({name: torch.stack([terms[name] for terms in self._step_terms]).mean() for name in names})
+        means = {name: torch.stack([terms[name] for terms in self._step_terms]).mean() for name in names}
+        self._terms.append(means)
+        self._epoch_terms.append(means)
         self.trainer.lr_scheduler.skipped_in_a_row = 0
 
     def _undo(self) -> None:

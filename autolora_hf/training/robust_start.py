@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..attacks.pgd import ascend, attack_mode, project
+from ..attacks.pgd import Ball, attack_mode
 from ..config import ThreatModel
 from ..modeling import AutoLoraModel
 from ..routes import ROBUST
@@ -43,13 +43,12 @@ def feature_displacement(model: AutoLoraModel, pixels: Tensor, threat_model: Thr
         with torch.no_grad():
             clean = features(pixels)
             apart = torch.pdist(clean).median()
-        moved = random_starts(pixels, threat_model, seed, first=0)
+        moved, ball = random_starts(pixels, threat_model, seed, first=0), Ball(pixels, threat_model)
         for _ in range(STEPS):
             moved.requires_grad_(True)
             distance = (features(moved) - clean).square().sum()
             (gradient,) = torch.autograd.grad(distance, moved)
-            moved = ascend(moved.detach(), gradient, threat_model.eps / 4, threat_model)
-            moved = project(moved, pixels, threat_model)
+            moved = ball.ascend(moved.detach(), gradient, threat_model.eps / 4)
         with torch.no_grad():
             way = (features(moved) - clean).norm(dim=1).median()
     return (way / apart).item()

@@ -20,6 +20,7 @@ from ..data import (
     check_class_names,
     check_labels,
     is_stream,
+    stratified_subset,
     without_absent,
     without_broken,
 )
@@ -71,6 +72,7 @@ def prepare_streams(
     train = _open(args, train, preprocessing, "train_dataset", augmentation=args.augmentation, shuffle=True)
     check_labels(train.labels, num_classes, "train_dataset")
     if validation is None:
+        args.limit_held_out(len(train))
         kept, held_out = train.hold_out(args.validation_fraction)
         return kept, held_out.without_broken()
     validation = _open(args, validation, preprocessing, "eval_dataset")
@@ -83,7 +85,11 @@ def prepare_streams(
         "out, and a part of the training set is held out by itself; or split a stream of the datasets library with "
         "`dataset.take(n)` and `dataset.skip(n)`.",
     )
-    return train, without_broken(validation) if isinstance(validation, PixelDataset) else validation.without_broken()
+    limit = args.max_validation_images or len(validation)
+    if isinstance(validation, PixelStream):
+        return train, validation.without_broken().bounded(limit)
+    validation = without_broken(validation)
+    return train, validation.select(stratified_subset(validation.labels, limit, args.seed))
 
 
 def unaugmented(data: PixelDataset | PixelStream) -> PixelDataset | PixelStream:

@@ -14,9 +14,12 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
+from ..attacks import bf16_keeps_strength
 from ..attacks.pgd import PGD, attack_mode, hits, logits_of
+from ..attention import plain_attention
 from ..config import ThreatModel
 from ..data import PixelDataset, collate, describe_data
+from ..evaluation import Accuracy
 from ..factory import get_autolora_model
 from ..files import write_atomically, write_json
 from ..frozen import FrozenRoute
@@ -113,6 +116,8 @@ class AutoLoraTrainer(StreamingTrainer, PublishingTrainer):
             optimizers=optimizers,
         )
         self.plan["environment"] = run_environment(self)
+        self._attack_dtype = self._choose_attack_dtype(model)
+        self.plan["attack_precision"] = str(self._attack_dtype).removeprefix("torch.")
         self.add_callback(_AutoLoraCallback(self))
         self._guard = StepGuard(self)
         self.add_callback(self._guard)
@@ -126,6 +131,7 @@ class AutoLoraTrainer(StreamingTrainer, PublishingTrainer):
         synchronize(self.model.parameters())
         self._normalize = Normalize(model.preprocessing).to(args.device)
         self._train_attack, self._eval_attack = args.training_attack(), args.validation_attack()
+        self._channels_last = args.channels_last and any(isinstance(module, nn.Conv2d) for module in model.modules())
         self._evaluated = 0
         self._plain_loader: DataLoader | None = None
         self._frozen: FrozenRoute | None = None
@@ -180,6 +186,18 @@ class AutoLoraTrainer(StreamingTrainer, PublishingTrainer):
             "halving_checkpoints": default_checkpoints(epochs, args.halving_interval),
         }
 
+    def _choose_attack_dtype(self, model: AutoLoraModel) -> torch.dtype:
+        args = self.args
+        keeps_strength = bf16_keeps_strength(args.threat_model, model.preprocessing.image_size)
+        wanted = args.bf16 and keeps_strength if args.attack_bf16 is None else args.attack_bf16
+        if wanted and not keeps_strength:
+            logger.warning(
+                "`attack_bf16` makes attacks weaker where the threat model allows so little (%s): the robust accuracy "
+                "that the schedule sees is too good.",
+                args.threat_model,
+            )
+        return torch.bfloat16 if wanted else next(model.parameters()).dtype
+
     # ---- optimisation ----
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -225,6 +243,15 @@ class AutoLoraTrainer(StreamingTrainer, PublishingTrainer):
         share = inputs.get("share", Share.whole(len(labels)))
         return call_inside(model, unwrapped, self._objective_loss, pixels, labels, share)
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not self.is_in_train:
+            return loss
+        # The mean of the losses since the last log for one that is not finite: `logging_nan_inf_filter`, which would
+        # wait for the device twice in every step.
+        mean = self._tr_loss / (1 + self.state.global_step - self._globalstep_last_logged)
+        return torch.where(loss.isfinite(), loss, mean)
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         self._guard.gradient_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         return self._guard.gradient_norm
@@ -234,8 +261,11 @@ class AutoLoraTrainer(StreamingTrainer, PublishingTrainer):
         # A process without samples of its own still takes part, with weight 0.
         own = max(share.count, 1)
 
+        device = pixels.device.type
+        precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+
         def forward(route: str, images: Tensor) -> Tensor:
-            with model.route(route):
+            with model.route(route), plain_attention(pixels.device, precision):
                 return logits_of(model(self._images(model, images)))[:own]
 
         adversarial = None
@@ -248,16 +278,27 @@ class AutoLoraTrainer(StreamingTrainer, PublishingTrainer):
 
     def _images(self, model: AutoLoraModel, pixels: Tensor) -> Tensor:
         """Pixels as the model takes them: normalised, in its precision."""
-        return self._normalize(pixels).to(next(model.parameters()).dtype)
+        images = self._normalize(pixels).to(next(model.parameters()).dtype)
+        # Convolutions hand the memory format on, so that the whole network follows its input.
+        return images.contiguous(memory_format=torch.channels_last) if self._channels_last else images
 
     def _attack(
         self, model: AutoLoraModel, attack: PGD, pixels: Tensor, labels: Tensor, *key: int, first: int
     ) -> Tensor:
         """Attacks the deployed route, by way of a frozen copy: the same function, with less work in each pass."""
         if self._frozen is None:
-            self._frozen = FrozenRoute(model, ROBUST)
+            args = self.args
+            self._frozen = FrozenRoute(
+                model,
+                ROBUST,
+                fold_norms=args.attack_fold_norms,
+                channels_last=args.channels_last,
+                dtype=self._attack_dtype,
+                compiled_batch=args.train_batch_size if args.attack_compile else None,
+            )
         start = random_starts(pixels, self.args.threat_model, *key, first=first)
-        return attack(self._frozen.refresh(), pixels, labels, start=start)
+        # The collator has checked the pixels, where they still were in the memory of the host.
+        return attack.search(self._frozen.refresh(), pixels, labels, start=start)
 
     # ---- evaluation ----
 
@@ -297,7 +338,7 @@ class AutoLoraTrainer(StreamingTrainer, PublishingTrainer):
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluation during training: after it, the controller decides about the next epoch."""
         metrics = super()._evaluate(*args, **kwargs)
-        accuracy = self.natural_training_accuracy() if self.objective.uses_scalars else None
+        accuracy = self._scalar_accuracy() if self.objective.uses_scalars else None
         key = self.args.metric_for_best_model
         metric = metrics[key if key.startswith("eval_") else f"eval_{key}"]
         # The rule looks for growth.
@@ -320,6 +361,13 @@ class AutoLoraTrainer(StreamingTrainer, PublishingTrainer):
             # Up to chance level one epoch is as good as another: take the latest instead of the first.
             self.state.best_metric = None
         return super()._determine_best_metric(metrics, trial)
+
+    def _scalar_accuracy(self) -> float:
+        if self.args.scalar_accuracy == "running":
+            mean = self._guard.pop_epoch_mean("train_natural_accuracy")
+            if mean is not None:
+                return self.accelerator.reduce(mean, "mean").clamp(0, 1).item()
+        return self.natural_training_accuracy()
 
     @torch.no_grad()
     def natural_training_accuracy(self) -> float:
@@ -386,9 +434,12 @@ class _AutoLoraCallback(TrainerCallback):
 
 def _accuracies(prediction: EvalPrediction) -> dict[str, float]:
     natural, clean, robust = (hits(logits, prediction.label_ids) for logits in prediction.predictions)
+    interval = Accuracy.from_counts(int(robust.sum()), len(robust))
     return {
         "natural_accuracy": clean.mean(),
         "robust_accuracy": robust.mean(),
+        "robust_accuracy_low": interval.low,
+        "robust_accuracy_high": interval.high,
         "natural_route_accuracy": natural.mean(),
         **prediction_shares(prediction.predictions[1], clean, robust),
         "loss": F.cross_entropy(*map(torch.from_numpy, (prediction.predictions[2], prediction.label_ids))).item(),
