@@ -686,7 +686,7 @@ def test_a_run(tmp_path, monkeypatch, name, mode):
     plain, calls = run(tmp_path / "plain")
     again, more_calls = run(tmp_path / "again", activation_checkpointing=True)
     assert again.model.is_activation_checkpointing
-    assert not checkpointing.is_enabled(again._frozen)
+    assert not checkpointing.is_enabled(again._attacker.frozen)
     # Two steps of two routes, once more each.
     assert all(more_calls[layer] == count + 4 for layer, count in calls.items())
     assert same(copied_state(plain.model), copied_state(again.model))

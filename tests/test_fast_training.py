@@ -69,7 +69,7 @@ def test_a_step_waits_for_the_device_once(tmp_path, name, changes):
     counter = CountWaits()
     trainer.callback_handler.callbacks.insert(0, counter)
     # Made at the first attack, with a check of its own.
-    trainer._attack(trainer.model, trainer._train_attack, torch.rand(1, 3, 32, 32), torch.zeros(1).long(), 0, first=0)
+    trainer._attacker(trainer._train_attack, torch.rand(1, 3, 32, 32), torch.zeros(1).long(), 0, first=0)
     trainer.train()
     assert len(counter.counts) >= 3
     assert set(counter.counts) == {1}
@@ -153,7 +153,7 @@ def test_precision_of_the_attack(tmp_path, caplog, changes, precision, warns):
     assert trainer.plan["attack_precision"] == precision
     assert ("makes attacks weaker" in caplog.text) is warns
     trainer.train()
-    assert trainer._frozen.dtype == getattr(torch, precision)
+    assert trainer._attacker.frozen.dtype == getattr(torch, precision)
     assert math.isfinite(logged(trainer, "robust_loss")[0])
     # The model itself is not touched.
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
@@ -167,7 +167,7 @@ def test_switches_reach_the_copy(tmp_path, monkeypatch):
             seen.append(options)
             super().__init__(*args, **{**options, "compiled_batch": None})
 
-    monkeypatch.setattr("autolora_hf.training.trainer.FrozenRoute", Copy)
+    monkeypatch.setattr("autolora_hf.training.attacking.FrozenRoute", Copy)
     switches = {"attack_fold_norms": False, "channels_last": False, "attack_compile": True}
     trainer = new_trainer(tmp_path, "timm_resnet", num_train_epochs=1, **switches)
     trainer.train()

@@ -26,6 +26,7 @@ class Poisoned(AutoLoraTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.micro, self.states = (-1, 0), []
+        self.honest, self._attacker = self._attacker, self.attacked
         trainer = self
 
         class Watch(TrainerCallback):
@@ -58,8 +59,9 @@ class Poisoned(AutoLoraTrainer):
     def spoilt(self):
         return self.bad.get(self.micro)
 
-    def _attack(self, model, attack, pixels, *args, **kwargs):
-        adversarial = super()._attack(model, attack, pixels, *args, **kwargs)
+    def attacked(self, attack, pixels, *args, **kwargs):
+        adversarial = self.honest(attack, pixels, *args, **kwargs)
+        model = self.model
         if not model.training:  # an evaluation
             return adversarial
         if self.spoilt == "image":

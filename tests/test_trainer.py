@@ -18,6 +18,7 @@ from autolora_hf import AutoLoraTrainer, AutoLoraTrainingArguments, ThreatModel,
 from autolora_hf.data import as_pixel_dataset
 from autolora_hf.schedules import default_checkpoints, default_epochs, loss_scalars
 from autolora_hf.training import trainer as trainer_module
+from autolora_hf.training.attacking import RouteAttacker
 from autolora_hf.training.distributed import random_starts
 
 
@@ -213,13 +214,11 @@ def test_optimizer_by_default(tmp_path, mode, optimizer, rate):
         assert all(group["momentum"] == 0.9 for group in found.param_groups)
 
 
-def test_the_natural_objective_attacks_nothing(tmp_path, monkeypatch):
+def test_the_natural_objective_attacks_nothing(tmp_path):
     trainer = new_trainer(tmp_path, objective="natural", kind=Spy)
     attacked = []
-    attack = AutoLoraTrainer._attack
-    monkeypatch.setattr(
-        AutoLoraTrainer, "_attack", lambda self, *args, **kw: attacked.append(args[1]) or attack(self, *args, **kw)
-    )
+    honest = trainer._attacker
+    trainer._attacker = lambda attack, *args, **kw: attacked.append(attack) or honest(attack, *args, **kw)
     trainer.train()
     assert all(used is trainer._eval_attack for used in attacked)
     assert logged(trainer, "train_natural_route_accuracy") == []
@@ -242,7 +241,7 @@ def test_attacks_leave_no_trace_in_the_data(tmp_path, monkeypatch):
 
     runs = [batches(), batches(attack_steps=3, eval_attack_steps=1)]
     natural = batches(objective="natural")
-    monkeypatch.setattr(AutoLoraTrainer, "_attack", lambda self, model, attack, pixels, *args, **kwargs: pixels)
+    monkeypatch.setattr(RouteAttacker, "__call__", lambda self, attack, pixels, *args, **kwargs: pixels)
     runs.append(batches())
     for run in runs:
         assert [labels for labels, _ in run] == [labels for labels, _ in natural]

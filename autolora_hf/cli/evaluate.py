@@ -12,6 +12,7 @@ from ..attacks import PGD
 from ..config import ThreatModel, radius_argument
 from ..data import as_pixel_dataset, check_class_names
 from ..evaluation import RobustnessReport, evaluate_robustness
+from ..evaluation.robustness import FIRST_PASS
 from ..evaluation.sharding import all_processes
 from .data import open_data
 from .display import show_progress
@@ -33,6 +34,12 @@ def run(argv: list[str]) -> None:
     parser.add_argument("--attack", choices=["autoattack", "pgd"], default="autoattack", help="what attacks the model")
     parser.add_argument("--steps", type=int, default=50, help="steps of --attack pgd")
     parser.add_argument("--restarts", type=int, default=1, help="restarts of --attack pgd")
+    parser.add_argument(
+        "--first-pass",
+        action="store_true",
+        help="find the images that are easily broken by PGD-10 in bfloat16 first: saves time on models that are not "
+        "very robust; the others get the whole --attack, in float32",
+    )
     parser.add_argument("--norm", choices=["linf", "l2"], help="norm of the threat model; as trained when left out")
     parser.add_argument("--eps", type=radius_argument, help="radius, e.g. 8/255; as trained when left out")
     parser.add_argument("--route", choices=["robust", "natural"], default="robust", help="route to measure")
@@ -80,6 +87,8 @@ def _measure(args: argparse.Namespace, state: PartialState) -> RobustnessReport:
     attack = args.attack
     if attack == "pgd":
         attack = PGD(threat_model, steps=args.steps, restarts=args.restarts, seed=args.seed)
+    if args.first_pass:
+        attack = [FIRST_PASS, attack]
     device = args.device
     if device is None and state.num_processes > 1:
         device = state.device

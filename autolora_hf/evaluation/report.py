@@ -107,8 +107,9 @@ class RobustnessReport:
         sample_digests (`list[str]`): For each image the start of the SHA-256 of its label and its 8-bit pixels, by
             which somebody who repeats the measurement knows whether these are the same images.
         attack_settings (`list[dict]`): The attack for programs, one entry an attack in the order in which they ran:
-            `{"kind": "autoattack"}`, `{"kind": "pgd", ...}` with the other arguments of [`PGD`], or `{"kind":
-            "custom", "name": ...}`, which cannot be repeated from the report alone.
+            `{"kind": "autoattack"}`, `{"kind": "pgd-bf16"}` (see [`evaluate_robustness`]), `{"kind": "pgd", ...}` with
+            the other arguments of [`PGD`], or `{"kind": "custom", "name": ...}`, which cannot be repeated from the
+            report alone.
         batch_size (`int`, *optional*): Images attacked at a time, on which the random starts depend.
         versions (`dict[str, str]`): Versions of the packages involved.
         warnings (`list[str]`): What to know before using the figures.

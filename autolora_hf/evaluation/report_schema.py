@@ -46,6 +46,7 @@ _SEED = integer(-(2**63), 2**64 - 1)  # what torch takes
 _ACCURACY = json_object({"correct": _COUNT, "total": integer(1, _MOST_IMAGES), "low": _SHARE, "high": _SHARE})
 _SETTINGS = {
     "autoattack": json_object({"kind": text}),
+    "pgd-bf16": json_object({"kind": text}),
     "pgd": json_object(
         {
             "kind": text,

@@ -9,7 +9,7 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -29,6 +29,9 @@ from .samples import Samples
 from .sharding import all_processes
 from .stages import Attack, Stages
 from .view import AttackView
+
+
+FIRST_PASS = "pgd-bf16"
 
 
 def evaluate_robustness(
@@ -66,7 +69,9 @@ def evaluate_robustness(
             read are left out, and the report says which.
         threat_model (`ThreatModel`, *optional*): Norm and radius of the ball. `None`: the one of the AutoLoRa model.
         attack (`str`, `PGD`, callable, or a list of these): `"autoattack"`; `"pgd"` for PGD with 10 steps; or anything
-            called as `attack(model, pixels, labels) -> pixels`.
+            called as `attack(model, pixels, labels) -> pixels`. `["pgd-bf16", "autoattack"]` finds the images that are
+            easily broken by PGD-10 in bfloat16 first; the model itself judges what it finds, and the others get the
+            whole of AutoAttack as usual. This saves time on models of little robustness. For an [`AutoLoraModel`].
         route (`str`): Route of the AutoLoRa model.
         max_samples (`int`, *optional*): Use a random subset of this size with the class shares of the whole set.
         sample_indices (`Sequence[int]`, *optional*): Use exactly these images, for instance those of another report.
@@ -93,7 +98,7 @@ def evaluate_robustness(
         with processes.together():
             threat_model = _resolve_threat_model(model, threat_model)
             requested = list(attack) if isinstance(attack, (list, tuple)) else [attack]
-            _check_attacks(requested, threat_model)
+            _check_attacks(requested, threat_model, model)
             samples = Samples(dataset, model, max_samples, sample_indices, seed, batch_size)
             for context in (attack_mode(model), _on_device(model, device), torch.enable_grad()):
                 stack.enter_context(context)
@@ -106,6 +111,9 @@ def evaluate_robustness(
             num_classes = _count_classes(view, first)
             samples.check_labels(num_classes)
             attacks, left_out = _resolve_attacks(requested, threat_model, num_classes, tuple(first.shape[-2:]), seed)
+            if FIRST_PASS in requested:
+                quick = AttackView(FrozenRoute(model, route, dtype=torch.bfloat16)).eval()
+                attacks[requested.index(FIRST_PASS)] = _FirstPass(PGD(threat_model, seed=seed), quick)
             settings = [_settings(entry, threat_model, seed) for entry in requested]
             evaluation: dict[str, Any] = {}
             if processes.size > 1 or checkpoint_dir is not None:
@@ -166,17 +174,44 @@ def _resolve_threat_model(model: nn.Module, threat_model: ThreatModel | None) ->
     return threat_model
 
 
-def _check_attacks(requested: list[Any], threat_model: ThreatModel) -> None:
+@dataclass(frozen=True)
+class _FirstPass:
+    """PGD on a copy of the model in bfloat16."""
+
+    attack: PGD
+    copy: AttackView
+
+    def __str__(self) -> str:
+        return f"{self.attack} in bfloat16"
+
+    def __call__(self, model: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
+        return self.attack(self.copy, pixels, labels)
+
+
+def _check_attacks(requested: list[Any], threat_model: ThreatModel, model: nn.Module) -> None:
     if not requested:
         raise ValueError("`attack` is an empty list.")
+    if FIRST_PASS in requested:
+        if not isinstance(model, AutoLoraModel):
+            raise ValueError(
+                f"`attack={FIRST_PASS!r}` makes a copy of the model in bfloat16, which it knows how to do for an "
+                f"AutoLoraModel only, got {type(model).__name__}. Leave it out."
+            )
+        if requested[0] != FIRST_PASS or requested.count(FIRST_PASS) > 1 or len(requested) == 1:
+            raise ValueError(
+                f"{FIRST_PASS!r} is a first pass before other attacks: put it first and once, for instance "
+                f"`attack=[{FIRST_PASS!r}, 'autoattack']`."
+            )
     for entry in requested:
         if isinstance(entry, PGD):
             if entry.threat_model != threat_model:
                 raise ValueError(f"{entry} attacks under {entry.threat_model}, the evaluation under {threat_model}.")
             if entry.loss == "targeted":
                 raise ValueError("PGD with `loss='targeted'` takes classes to reach, not labels; use 'ce' or 'kl'.")
-        elif not callable(entry) and entry not in ("autoattack", "pgd"):
-            raise ValueError(f"`attack` must be 'autoattack', 'pgd', a PGD or a callable, got {entry!r}.")
+        elif not callable(entry) and entry not in ("autoattack", "pgd", FIRST_PASS):
+            raise ValueError(
+                f"`attack` must be 'autoattack', 'pgd', a PGD, a callable or a list of these, got {entry!r}."
+            )
 
 
 def _resolve_attacks(
@@ -195,7 +230,7 @@ def _resolve_attacks(
 def _name(attack: Attack) -> str:
     if isinstance(attack, AutoAttackComponent):
         return attack.name
-    return str(attack) if isinstance(attack, PGD) else getattr(attack, "__name__", type(attack).__name__)
+    return str(attack) if isinstance(attack, (PGD, _FirstPass)) else getattr(attack, "__name__", type(attack).__name__)
 
 
 def _describe(attacks: list[Attack], protocol: Protocol) -> str:
@@ -208,8 +243,8 @@ def _describe(attacks: list[Attack], protocol: Protocol) -> str:
 
 def _settings(requested: str | Attack, threat_model: ThreatModel, seed: int) -> dict[str, Any]:
     """One attack as [`RobustnessReport.attack_settings`] records it."""
-    if requested == "autoattack":
-        return {"kind": "autoattack"}
+    if requested in ("autoattack", FIRST_PASS):
+        return {"kind": requested}
     attack = PGD(threat_model, seed=seed) if requested == "pgd" else requested
     if type(attack) is not PGD:
         return {"kind": "custom", "name": _name(attack)}

@@ -58,8 +58,8 @@ def rebuild_attack(settings: dict[str, Any], threat_model: ThreatModel) -> str |
     Raises:
         ValueError: If there is no such PGD.
     """
-    if settings["kind"] == "autoattack":
-        return "autoattack"
+    if settings["kind"] in ("autoattack", "pgd-bf16"):
+        return settings["kind"]
     if settings["kind"] == "pgd":
         return PGD(threat_model, **{name: value for name, value in settings.items() if name != "kind"})
     return None

@@ -11,6 +11,8 @@ COLUMNS = (
     # title, logged key, format
     ("loss", "loss", "{:.3f}"),
     ("robust %", "eval_robust_accuracy", "{:.1%}"),
+    ("95% from", "eval_robust_accuracy_low", "{:.1%}"),
+    ("to", "eval_robust_accuracy_high", "{:.1%}"),
     ("natural %", "eval_natural_accuracy", "{:.1%}"),
     ("natural route %", "eval_natural_route_accuracy", "{:.1%}"),
     ("lambda1", "lambda1", "{:.2f}"),
@@ -22,7 +24,8 @@ COLUMNS = (
 class EpochTableCallback(ProgressCallback):
     """Prints validation accuracies, loss scalars and learning rate as a table row when an epoch is complete.
 
-    Robust accuracy is under the validation PGD; "natural" is the deployed route on clean validation images.
+    Robust accuracy is under the validation PGD, with its 95 % interval; "natural" is the deployed route on clean
+    validation images.
     """
 
     def __init__(self) -> None:

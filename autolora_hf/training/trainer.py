@@ -14,28 +14,26 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from ..attacks import bf16_keeps_strength
-from ..attacks.pgd import PGD, attack_mode, hits, logits_of
+from ..attacks.pgd import attack_mode, hits, logits_of
 from ..attention import plain_attention
 from ..config import ThreatModel
 from ..data import PixelDataset, collate, describe_data
 from ..evaluation import Accuracy
 from ..factory import get_autolora_model
 from ..files import write_atomically, write_json
-from ..frozen import FrozenRoute
 from ..modeling import AutoLoraModel
 from ..objectives import OBJECTIVES, Batch
 from ..pixels import Normalize
 from ..routes import NATURAL, ROBUST
 from ..schedules import PlateauHalving, default_checkpoints, default_epochs
 from .arguments import AutoLoraTrainingArguments
+from .attacking import RouteAttacker
 from .data import BrokenImagesCallback, prepare_data
 from .diagnosis import DiagnosisCallback, prediction_shares
 from .distributed import (
     Share,
     check_parallelism,
     check_shared_folder,
-    random_starts,
     step_shares,
     synchronize,
 )
@@ -116,8 +114,8 @@ class AutoLoraTrainer(StreamingTrainer, PublishingTrainer):
             optimizers=optimizers,
         )
         self.plan["environment"] = run_environment(self)
-        self._attack_dtype = self._choose_attack_dtype(model)
-        self.plan["attack_precision"] = str(self._attack_dtype).removeprefix("torch.")
+        self._attacker = RouteAttacker(model, args)
+        self.plan["attack_precision"] = str(self._attacker.dtype).removeprefix("torch.")
         self.add_callback(_AutoLoraCallback(self))
         self._guard = StepGuard(self)
         self.add_callback(self._guard)
@@ -134,7 +132,6 @@ class AutoLoraTrainer(StreamingTrainer, PublishingTrainer):
         self._channels_last = args.channels_last and any(isinstance(module, nn.Conv2d) for module in model.modules())
         self._evaluated = 0
         self._plain_loader: DataLoader | None = None
-        self._frozen: FrozenRoute | None = None
         if len(validation) < 50 and args.process_index == 0:
             logger.warning(
                 "Only %d validation images: robust accuracy moves in steps of %.0f points, and it decides about the "
@@ -185,18 +182,6 @@ class AutoLoraTrainer(StreamingTrainer, PublishingTrainer):
             "halving_rule": args.halving_rule,
             "halving_checkpoints": default_checkpoints(epochs, args.halving_interval),
         }
-
-    def _choose_attack_dtype(self, model: AutoLoraModel) -> torch.dtype:
-        args = self.args
-        keeps_strength = bf16_keeps_strength(args.threat_model, model.preprocessing.image_size)
-        wanted = args.bf16 and keeps_strength if args.attack_bf16 is None else args.attack_bf16
-        if wanted and not keeps_strength:
-            logger.warning(
-                "`attack_bf16` makes attacks weaker where the threat model allows so little (%s): the robust accuracy "
-                "that the schedule sees is too good.",
-                args.threat_model,
-            )
-        return torch.bfloat16 if wanted else next(model.parameters()).dtype
 
     # ---- optimisation ----
 
@@ -271,7 +256,7 @@ class AutoLoraTrainer(StreamingTrainer, PublishingTrainer):
         adversarial = None
         if self.objective.needs_adversarial:
             key = (self.args.seed, TRAINING, self.state.global_step)
-            adversarial = self._attack(model, self._train_attack, pixels, labels, *key, first=share.first)
+            adversarial = self._attacker(self._train_attack, pixels, labels, *key, first=share.first)
         output = self.objective(forward, Batch(pixels, adversarial, labels[:own]), self.lr_scheduler.scalars)
         terms = {name: value * share.weight for name, value in output.terms.items()}
         return self._guard.checked(output.loss * share.weight, terms, pixels, adversarial)
@@ -281,24 +266,6 @@ class AutoLoraTrainer(StreamingTrainer, PublishingTrainer):
         images = self._normalize(pixels).to(next(model.parameters()).dtype)
         # Convolutions hand the memory format on, so that the whole network follows its input.
         return images.contiguous(memory_format=torch.channels_last) if self._channels_last else images
-
-    def _attack(
-        self, model: AutoLoraModel, attack: PGD, pixels: Tensor, labels: Tensor, *key: int, first: int
-    ) -> Tensor:
-        """Attacks the deployed route, by way of a frozen copy: the same function, with less work in each pass."""
-        if self._frozen is None:
-            args = self.args
-            self._frozen = FrozenRoute(
-                model,
-                ROBUST,
-                fold_norms=args.attack_fold_norms,
-                channels_last=args.channels_last,
-                dtype=self._attack_dtype,
-                compiled_batch=args.train_batch_size if args.attack_compile else None,
-            )
-        start = random_starts(pixels, self.args.threat_model, *key, first=first)
-        # The collator has checked the pixels, where they still were in the memory of the host.
-        return attack.search(self._frozen.refresh(), pixels, labels, start=start)
 
     # ---- evaluation ----
 
@@ -322,7 +289,7 @@ class AutoLoraTrainer(StreamingTrainer, PublishingTrainer):
         with self.compute_loss_context_manager():
             # The same random starts in every epoch: differences in robust accuracy then come from the weights.
             key, first = (self.args.seed, EVALUATION), self._evaluated + self.args.process_index * len(labels)
-            adversarial = self._attack(model, self._eval_attack, pixels, labels, *key, first=first)
+            adversarial = self._attacker(self._eval_attack, pixels, labels, *key, first=first)
             self._evaluated += self.args.world_size * len(labels)
             with torch.no_grad():
                 images = self._images(model, pixels)

@@ -151,7 +151,7 @@ def test_bad_data_is_refused_before_the_attack(dataset, error, message):
     ("options", "message"),
     [
         ({"threat_model": None}, "`threat_model` is required"),
-        ({"attack": "apgd"}, "'autoattack', 'pgd', a PGD or a callable, got 'apgd'"),
+        ({"attack": "apgd"}, "'autoattack', 'pgd', a PGD, a callable or a list of these, got 'apgd'"),
         ({"attack": []}, "empty list"),
         ({"attack": PGD(ThreatModel("linf", 0.02))}, "attacks under Linf, eps = 0.02, the evaluation under Linf"),
         ({"attack": PGD(LINF, loss="targeted")}, "classes to reach"),

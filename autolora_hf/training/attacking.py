@@ -1,0 +1,61 @@
+"""How a trainer attacks its model: which copy of it, in which precision, from which starts."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from ..attacks import PGD, bf16_keeps_strength
+from ..frozen import FrozenRoute
+from ..modeling import AutoLoraModel
+from ..routes import ROBUST
+from .arguments import AutoLoraTrainingArguments
+from .distributed import random_starts
+
+
+logger = logging.getLogger(__name__)
+
+
+class RouteAttacker:
+    """Attacks the deployed route by way of a frozen copy: the same function, with less work in each pass.
+
+    Args:
+        model (`AutoLoraModel`): The model in training.
+        args (`AutoLoraTrainingArguments`): Threat model, precision, and what the copy may do to be quick.
+
+    Attributes:
+        dtype (`torch.dtype`): Precision in which attacks search.
+    """
+
+    def __init__(self, model: AutoLoraModel, args: AutoLoraTrainingArguments) -> None:
+        self.model, self.args = model, args
+        keeps_strength = bf16_keeps_strength(args.threat_model, model.preprocessing.image_size)
+        in_bf16 = args.bf16 and keeps_strength if args.attack_bf16 is None else args.attack_bf16
+        if in_bf16 and not keeps_strength:
+            logger.warning(
+                "`attack_bf16` makes attacks weaker where the threat model allows so little (%s): the robust accuracy "
+                "that the schedule sees is too good.",
+                args.threat_model,
+            )
+        self.dtype = torch.bfloat16 if in_bf16 else next(model.parameters()).dtype
+        # Made at the first attack, when the model is where it will be trained.
+        self.frozen: FrozenRoute | None = None
+
+    def __call__(self, attack: PGD, pixels: Tensor, labels: Tensor, *key: int, first: int) -> Tensor:
+        """Adversarial images; see [`random_starts`] for `key` and `first`.
+
+        Pixels are not checked again: the collator has done so where they still were in the memory of the host.
+        """
+        if self.frozen is None:
+            self.frozen = FrozenRoute(
+                self.model,
+                ROBUST,
+                fold_norms=self.args.attack_fold_norms,
+                channels_last=self.args.channels_last,
+                dtype=self.dtype,
+                compiled_batch=self.args.train_batch_size if self.args.attack_compile else None,
+            )
+        start = random_starts(pixels, self.args.threat_model, *key, first=first)
+        return attack.search(self.frozen.refresh(), pixels, labels, start=start)
