@@ -62,6 +62,53 @@ def test_norms_with_activations_are_folded():
         torch.testing.assert_close(frozen.refresh()(pixels), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("size", "kernel"), [((32, 32), (4, 4)), ((33, 39), (4, 8)), ((32, 32), (2, 2))])
+def test_patches_are_a_matrix_product(size, kernel):
+    conv = nn.Conv2d(3, 5, kernel, kernel).double()
+    images = torch.randn(2, 3, *size, dtype=torch.float64).requires_grad_()
+    found, expected = frozen_module._PatchLinear(conv)(images), conv(images)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    gradients = [torch.autograd.grad(output.square().sum(), images)[0] for output in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "replaced"),
+    [
+        ({}, True),
+        ({"padding": "valid"}, True),
+        ({"stride": 2}, False),
+        ({"padding": 1}, False),
+        ({"groups": 2}, False),
+        ({"dilation": 2}, False),
+        ({"kernel_size": 1, "stride": 1}, False),
+    ],
+    ids=str,
+)
+def test_only_patches_side_by_side(changes, replaced):
+    conv = nn.Conv2d(**{"in_channels": 4, "out_channels": 4, "kernel_size": 4, "stride": 4, **changes})
+    assert frozen_module._takes_patches(conv) is replaced
+
+
+def test_a_patch_embedding_is_replaced():
+    frozen = FrozenRoute(MODELS["timm_vit"].adapted())
+    assert any(isinstance(module, frozen_module._PatchLinear) for module in frozen.modules())
+    assert not any(isinstance(module, nn.Conv2d) for module in frozen.modules())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_released_memory(name):
+    model = MODELS[name].adapted()
+    frozen, pixels = FrozenRoute(model), torch.rand(2, 3, *model.preprocessing.image_size)
+    expected = frozen(pixels)
+    frozen.release()
+    tensors = [*frozen.network.parameters(), *frozen.network.buffers()]
+    assert sum(tensor.untyped_storage().size() for tensor in tensors) == 0
+    assert torch.equal(frozen.refresh()(pixels), expected)
+    # The model itself shares none of it.
+    assert torch.isfinite(model.pixel_space()(pixels)).all()
+
+
 def test_nothing_is_folded_when_a_convolution_has_another_reader():
     """The output of `conv1` goes past the norm too, so that folding would change the logits."""
     tiny = next(tiny for tiny in MODELS.values() if tiny.batch_norm)

@@ -58,4 +58,7 @@ class RouteAttacker:
                 compiled_batch=self.args.train_batch_size if self.args.attack_compile else None,
             )
         start = random_starts(pixels, self.args.threat_model, *key, first=first)
-        return attack.search(self.frozen.refresh(), pixels, labels, start=start)
+        adversarial = attack.search(self.frozen.refresh(), pixels, labels, start=start)
+        # The update needs the most memory, and no copy.
+        self.frozen.release()
+        return adversarial
