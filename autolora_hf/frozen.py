@@ -40,6 +40,7 @@ class FrozenRoute(nn.Module):
         model (`AutoLoraModel`): What to copy.
         route (`str`): Route of the model.
         fold_norms (`bool`): Fold BatchNorm layers into convolutions.
+        linear_patches (`bool`): Compute convolutions of patches side by side as linear layers, on a CPU.
         channels_last (`bool`): Memory format of models with 2-d convolutions.
         dtype (`torch.dtype`, *optional*): Precision of the network, for instance `torch.bfloat16`; normalisation,
             logits and what is differentiated outside the network stay as they are. Default: the model's own, which is
@@ -55,6 +56,7 @@ class FrozenRoute(nn.Module):
         route: str = ROBUST,
         *,
         fold_norms: bool = True,
+        linear_patches: bool = True,
         channels_last: bool = True,
         dtype: torch.dtype | None = None,
         compiled_batch: int | None = None,
@@ -92,7 +94,7 @@ class FrozenRoute(nn.Module):
         if dtype is not None and dtype != self.dtype:
             # From here on `refresh` folds in the precision of the model and rounds once.
             self.network.to(dtype)
-        if device.type == "cpu":
+        if linear_patches and device.type == "cpu":
             self._replace_patch_embeddings()
         if channels_last and any(isinstance(module, nn.Conv2d) for module in self.network.modules()):
             self.network.to(memory_format=torch.channels_last)

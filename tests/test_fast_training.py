@@ -168,11 +168,18 @@ def test_switches_reach_the_copy(tmp_path, monkeypatch):
             super().__init__(*args, **{**options, "compiled_batch": None})
 
     monkeypatch.setattr("autolora_hf.training.attacking.FrozenRoute", Copy)
-    switches = {"attack_fold_norms": False, "channels_last": False, "attack_compile": True}
+    switches = {"attack_fold_norms": False, "attack_linear_patches": False, "channels_last": False}
+    switches["attack_compile"] = True
     trainer = new_trainer(tmp_path, "timm_resnet", num_train_epochs=1, **switches)
     trainer.train()
     assert seen == [
-        {"fold_norms": False, "channels_last": False, "dtype": torch.float32, "compiled_batch": 16},
+        {
+            "fold_norms": False,
+            "linear_patches": False,
+            "channels_last": False,
+            "dtype": torch.float32,
+            "compiled_batch": 16,
+        },
     ]
 
 

@@ -165,7 +165,9 @@ def gradient_of(function, pixels, labels):
     return torch.autograd.grad(F.cross_entropy(function(pixels), labels), pixels)[0]
 
 
-@pytest.mark.parametrize("switches", [{}, {"fold_norms": False}, {"channels_last": False}], ids=str)
+@pytest.mark.parametrize(
+    "switches", [{}, {"fold_norms": False}, {"linear_patches": False}, {"channels_last": False}], ids=str
+)
 @pytest.mark.parametrize(("name", "mode", "norm"), VARIANTS)
 def test_the_fast_attack_is_the_plain_one(name, mode, norm, switches):
     model = MODELS[name].adapted(mode=mode, norm=norm)

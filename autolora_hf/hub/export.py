@@ -92,7 +92,7 @@ def export_onnx(
         raise IsADirectoryError(f"{path} is a folder: give the name of a file in it, such as {path / 'model.onnx'}.")
     kind = type(model.get_base_model()).__name__
     live = _float32_copy(model)
-    frozen = FrozenRoute(live, route).to(memory_format=torch.contiguous_format)
+    frozen = FrozenRoute(live, route, linear_patches=False).to(memory_format=torch.contiguous_format)
     size = sum(tensor.numel() * tensor.element_size() for tensor in frozen.state_dict().values())
     if size > _LARGEST:
         raise ValueError(

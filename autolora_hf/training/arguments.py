@@ -52,6 +52,9 @@ class AutoLoraTrainingArguments(TrainingArguments):
     attack_fold_norms: bool = field(
         default=True, metadata={"help": "Attack a copy whose BatchNorm layers are folded into convolutions (exact)."}
     )
+    attack_linear_patches: bool = field(
+        default=True, metadata={"help": "Attack a copy whose patch embeddings are matrix products, on a CPU (exact)."}
+    )
     channels_last: bool = field(
         default=True, metadata={"help": "Compute convolutions in the channels-last memory format (exact)."}
     )

@@ -53,6 +53,7 @@ class RouteAttacker:
                 self.model,
                 ROBUST,
                 fold_norms=self.args.attack_fold_norms,
+                linear_patches=self.args.attack_linear_patches,
                 channels_last=self.args.channels_last,
                 dtype=self.dtype,
                 compiled_batch=self.args.train_batch_size if self.args.attack_compile else None,
