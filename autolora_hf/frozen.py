@@ -110,7 +110,9 @@ class FrozenRoute(nn.Module):
         """Logits N x K of `pixels`, N x 3 x H x W, in the precision of the model that was copied."""
         images = self.normalize(pixels)
         with torch.autocast(pixels.device.type, enabled=False), plain_attention(pixels.device, self.dtype):
-            run = self._compile(images) if len(images) == self.compiled_batch else self._run
+            # Without a batch to compile for, nothing here depends on the number of images: exports count on it.
+            is_compiled = self.compiled_batch is not None and len(images) == self.compiled_batch
+            run = self._compile(images) if is_compiled else self._run
             return run(images.to(self.dtype)).to(pixels.dtype)
 
     def _run(self, images: Tensor) -> Tensor:
