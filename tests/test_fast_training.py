@@ -257,3 +257,36 @@ def test_robust_accuracy_has_its_interval(tmp_path):
 def test_an_impossible_bound(tmp_path):
     with pytest.raises(ValueError, match="`max_validation_images` must be positive, got 0"):
         AutoLoraTrainingArguments(str(tmp_path), max_validation_images=0)
+
+
+# ---- reading images ----
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "processes", "streams", "workers"),
+    [
+        ("cpu", 16, 1, False, 0),
+        ("cuda", 16, 1, False, 8),
+        ("cuda", 16, 4, False, 3),
+        ("cuda", 1, 1, False, 0),
+        ("cuda", 16, 1, True, 0),
+    ],
+)
+def test_processes_that_read_images(tmp_path, monkeypatch, device, cores, processes, streams, workers):
+    args = arguments(tmp_path)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr(AutoLoraTrainingArguments, "device", torch.device(device))
+    monkeypatch.setattr(AutoLoraTrainingArguments, "world_size", processes)
+    args.dataloader_pin_memory = True
+    args.resolve_workers(streams)
+    assert args.dataloader_num_workers == workers
+    assert args.dataloader_persistent_workers is (workers > 0)
+    assert args.accelerator_config.non_blocking is (device == "cuda" and not streams)
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_a_given_number_of_readers_stays(tmp_path, monkeypatch, workers):
+    args = arguments(tmp_path, dataloader_num_workers=workers)
+    monkeypatch.setattr(AutoLoraTrainingArguments, "device", torch.device("cuda"))
+    args.resolve_workers(streams=False)
+    assert args.dataloader_num_workers == workers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -134,6 +135,13 @@ class AutoLoraTrainingArguments(TrainingArguments):
             "without the interruption; or the folder of a checkpoint. In Python an argument of `train`."
         },
     )
+    dataloader_num_workers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Processes that read images. Default: with a GPU up to 8, as the CPU cores allow, which stay from "
+            "epoch to epoch; without one, and for streams, none."
+        },
+    )
     logging_nan_inf_filter: bool = field(
         default=False,
         metadata={"help": "Not needed: such losses are left out of the log without waiting for the device."},
@@ -193,6 +201,8 @@ class AutoLoraTrainingArguments(TrainingArguments):
         if self.metric_for_best_model is None:
             self.metric_for_best_model = f"eval_{OBJECTIVES[self.objective].selection_metric}"
             self.greater_is_better = True
+        self._choose_workers = self.dataloader_num_workers is None
+        self.dataloader_num_workers = self.dataloader_num_workers or 0
         if self.label_names is None:
             self.label_names = ["labels"]
         if not torch.accelerator.is_available():
@@ -241,6 +251,21 @@ class AutoLoraTrainingArguments(TrainingArguments):
             self.optim_args = "momentum=0.9"
         if self.learning_rate is None:
             self.learning_rate = 0.01 if mode == "full" else 0.005
+
+    def resolve_workers(self, streams: bool) -> None:
+        """Fills in the number of processes that read images, where it was left open.
+
+        One image takes 0.1 to 3 ms of a CPU core (`docs/speed.md`): nothing beside a step on a CPU, but more than a
+        GPU waits for. Streams may not know how to share themselves out.
+        """
+        if not self._choose_workers or streams or self.device.type == "cpu":
+            return
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        # One core is left to the process itself.
+        self.dataloader_num_workers = max(0, min(8, cores // self.world_size - 1))
+        self.dataloader_persistent_workers = self.dataloader_num_workers > 0
+        # Copies from pinned memory go on while the device computes.
+        self.accelerator_config.non_blocking = self.dataloader_pin_memory
 
     def limit_held_out(self, images: int) -> None:
         """Makes `validation_fraction` of `images` training images no more than `max_validation_images`."""

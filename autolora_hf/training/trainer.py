@@ -17,7 +17,7 @@ from transformers.trainer_utils import IntervalStrategy
 from ..attacks.pgd import attack_mode, hits, logits_of
 from ..attention import plain_attention
 from ..config import ThreatModel
-from ..data import PixelDataset, collate, describe_data
+from ..data import PixelDataset, collate, describe_data, is_stream
 from ..evaluation import Accuracy
 from ..factory import get_autolora_model
 from ..files import write_atomically, write_json
@@ -149,6 +149,7 @@ class AutoLoraTrainer(StreamingTrainer, PublishingTrainer):
     # ---- data and plan ----
 
     def _prepare_data(self, model: AutoLoraModel, args: AutoLoraTrainingArguments, train: Any, validation: Any) -> Any:
+        args.resolve_workers(streams=is_stream(train) or is_stream(validation))
         train, validation = prepare_data(train, validation, args, model.preprocessing, model.num_classes)
         if train.class_names and len(train.class_names) == model.num_classes:
             # The checkpoint may bring the names of another task.
