@@ -213,6 +213,8 @@ def test_exact_accuracy_is_measured_after_every_epoch(tmp_path):
     trainer.train()
     assert trainer.args.scalar_accuracy == "exact"
     assert logged(trainer, "train_natural_route_accuracy")[-1] == trainer.natural_training_accuracy()
+    # What was measured on the way is not kept for ever.
+    assert len(trainer._guard._epoch_terms) == 3
 
 
 def test_unknown_scalar_accuracy(tmp_path):

@@ -17,6 +17,7 @@ from ..pixels import Preprocessing, check_pixels
 from .identity import Identity
 from .images import Augmentation, BrokenImageError, PixelTransform, seeded
 from .sources import ArrowSource, ClassFolder, MapSource, as_label
+from .splits import stratified_subset
 from .stored import StoredImages, StoredRows, stored_images
 
 
@@ -185,6 +186,10 @@ class PixelDataset(Dataset):
             broken_images=self.broken_images if broken_images is None else broken_images,
             broken=self._broken,
         )
+
+    def bounded(self, size: int, seed: int = 0) -> PixelDataset:
+        """`size` samples in proportion to the classes; all of them if there are no more."""
+        return self if len(self) <= size else self.select(stratified_subset(self.labels, size, seed))
 
 
 def as_pixel_dataset(

@@ -19,7 +19,6 @@ from ..data import (
     listing,
     named_test_set,
     stratified_split,
-    stratified_subset,
     without_absent,
     without_broken,
 )
@@ -70,7 +69,8 @@ def prepare_data(
     check_class_names(train.class_names, validation.class_names, "eval_dataset")
     validation = without_absent(_reading_as(args.broken_images, validation))
     # Broken images first: the same error page in both sets is no image that they share.
-    return train, _bounded(_new_images(train, without_broken(validation)), args)
+    validation = _new_images(train, without_broken(validation))
+    return train, validation.bounded(args.max_validation_images or len(validation), args.seed)
 
 
 def hold_out(train: PixelDataset, fraction: float, seed: int) -> tuple[PixelDataset, PixelDataset]:
@@ -140,18 +140,6 @@ class BrokenImagesCallback(TrainerCallback):
 def _reading_as(broken_images: str, data: PixelDataset) -> PixelDataset:
     """A `PixelDataset` that was given as such may have been made with another setting."""
     return data if data.broken_images == broken_images else data.select(range(len(data)), broken_images=broken_images)
-
-
-def _bounded(validation: PixelDataset, args: AutoLoraTrainingArguments) -> PixelDataset:
-    limit = args.max_validation_images
-    if limit is None or len(validation) <= limit:
-        return validation
-    logger.info(
-        "%d of %d validation images are used, in proportion to the classes (`max_validation_images`).",
-        limit,
-        len(validation),
-    )
-    return validation.select(stratified_subset(validation.labels, limit, args.seed))
 
 
 def _new_images(train: PixelDataset, validation: PixelDataset) -> PixelDataset:

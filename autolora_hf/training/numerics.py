@@ -90,10 +90,9 @@ class StepGuard(TrainerCallback):
         self._terms = []
         return means
 
-    def pop_epoch_mean(self, name: str) -> Tensor | None:
-        """Mean of one term over the steps since the last call, without the skipped ones; `None` if there were none."""
+    def epoch_mean(self, name: str) -> Tensor | None:
+        """Mean of one term over the steps of this epoch, without the skipped ones; `None` if there were none."""
         values = [terms[name] for terms in self._epoch_terms]
-        self._epoch_terms = []
         return torch.stack(values).mean() if values else None
 
     # ---- around the optimizer step ----
@@ -103,6 +102,11 @@ class StepGuard(TrainerCallback):
     ) -> None:
         buffers = self.trainer.model.named_buffers()
         self._finite_names = {name for name, buffer in buffers if _finite(buffer)}
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._epoch_terms = []
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -20,7 +20,6 @@ from ..data import (
     check_class_names,
     check_labels,
     is_stream,
-    stratified_subset,
     without_absent,
     without_broken,
 )
@@ -89,7 +88,7 @@ def prepare_streams(
     if isinstance(validation, PixelStream):
         return train, validation.without_broken().bounded(limit)
     validation = without_broken(validation)
-    return train, validation.select(stratified_subset(validation.labels, limit, args.seed))
+    return train, validation.bounded(limit, args.seed)
 
 
 def unaugmented(data: PixelDataset | PixelStream) -> PixelDataset | PixelStream:

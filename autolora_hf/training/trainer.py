@@ -247,8 +247,9 @@ class AutoLoraTrainer(StreamingTrainer, PublishingTrainer):
         # A process without samples of its own still takes part, with weight 0.
         own = max(share.count, 1)
 
-        device = pixels.device.type
-        precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        kind, precision = pixels.device.type, next(model.parameters()).dtype
+        if torch.is_autocast_enabled(kind):
+            precision = torch.get_autocast_dtype(kind)
 
         def forward(route: str, images: Tensor) -> Tensor:
             with model.route(route), plain_attention(pixels.device, precision):
@@ -332,7 +333,7 @@ class AutoLoraTrainer(StreamingTrainer, PublishingTrainer):
 
     def _scalar_accuracy(self) -> float:
         if self.args.scalar_accuracy == "running":
-            mean = self._guard.pop_epoch_mean("train_natural_accuracy")
+            mean = self._guard.epoch_mean("train_natural_accuracy")
             if mean is not None:
                 return self.accelerator.reduce(mean, "mean").clamp(0, 1).item()
         return self.natural_training_accuracy()
