@@ -30,7 +30,7 @@ from autolora_hf import (
 from autolora_hf.pixels import Normalize
 
 
-SECTIONS = ("attack", "step", "scaling", "memory", "autoattack")
+SECTIONS = ("attack", "step", "scaling", "memory", "loading", "autoattack")
 # Options of `FrozenRoute`, and of the training arguments, by row.
 ATTACKS: dict[str, dict[str, Any]] = {
     "exact": {},
@@ -121,10 +121,12 @@ CASES = {
     "vit-tiny-64": Case("vit_tiny_patch16_224", 64, 32),
     "resnet50-224": Case("resnet50", 224, 64, gpu=True),
     "vit-base-224": Case("vit_base_patch16_224", 224, 64, gpu=True),
+    "files": Case("", 224, 128, sections=("loading",)),
     "quickstart": Case("quickstart", 28, 64, sections=("autoattack",)),
 }
 SMOKE = {
     "smoke": Case("test_resnet", 32, 4, complete=True, sections=SECTIONS[:4], compiled=False),
+    "files": Case("", 64, 4, sections=("loading",)),
     "quickstart": Case("quickstart", 28, 10, sections=("autoattack",)),
 }
 

@@ -7,6 +7,7 @@ import copy
 import ctypes
 import dataclasses
 import gc
+import io
 import itertools
 import json
 import subprocess
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import benchmark_peers as peers
+import datasets
+import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
@@ -34,6 +37,7 @@ from benchmark_cases import (
     flops,
     network_of,
 )
+from PIL import Image
 from released_step import EPS, STEP_SIZE, STEPS, ReleasedModel, ReleasedTraining, released_attack
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -44,11 +48,12 @@ from autolora_hf import (
     AutoLoraModel,
     AutoLoraTrainer,
     AutoLoraTrainingArguments,
+    Preprocessing,
     ThreatModel,
     evaluate_robustness,
     get_autolora_model,
 )
-from autolora_hf.data import as_pixel_dataset
+from autolora_hf.data import as_pixel_dataset, collate
 from autolora_hf.evaluation.robustness import FIRST_PASS
 from autolora_hf.frozen import FrozenRoute
 from autolora_hf.pixels import Normalize
@@ -280,6 +285,35 @@ def memory_of(name: str, case: Case, bench: Bench) -> dict[str, float]:
 def _resident(key: str) -> float:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
+
+
+def measure_loading(case: Case, bench: Bench) -> dict[str, Any]:
+    """A batch of image files, decoded, augmented and collated by one process."""
+    small = Preprocessing((32, 32), crop_pct=1.0)
+    kinds = {
+        "PNG 32 x 32": (_files(case.batch, (32, 32), "PNG"), small),
+        "JPEG 500 x 375": (_files(case.batch, (500, 375), "JPEG"), case.preprocessing),
+    }
+    rows: dict[str, Callable[[], Any]] = {}
+    for (name, (files, preprocessing)), augmentation in itertools.product(kinds.items(), ("none", "crop-flip")):
+        data = as_pixel_dataset(files, preprocessing, augmentation=augmentation)
+        size = preprocessing.image_size[0]
+        rows[f"{name} to {size} x {size}, {augmentation}"] = lambda data=data: collate([*data])
+    return {"rows": bench.take_turns(rows)}
+
+
+def _files(count: int, size: tuple[int, int], kind: str) -> datasets.Dataset:
+    """Smooth pictures with some noise, which a camera's files resemble more than noise alone."""
+    generator = np.random.default_rng(0)
+    rows = []
+    for _ in range(count):
+        coarse = Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize(size)
+        noisy = np.asarray(coarse).astype(int) + generator.integers(-8, 9, (size[1], size[0], 3))
+        file = io.BytesIO()
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(file, kind)
+        rows.append({"bytes": file.getvalue(), "path": None})
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=2)})
+    return datasets.Dataset.from_dict({"image": rows, "label": [0, 1] * (count // 2)}, features=features)
 
 
 def measure_autoattack(case: Case, bench: Bench) -> dict[str, Any]:

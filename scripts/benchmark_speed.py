@@ -16,6 +16,7 @@ synchronisations. Every row runs once before the first round, which also compile
 - scaling: the float32 step of this package, one setting at a time.
 - memory: peak of two steps above what is there before the first, each row in a process of its own. The attack has two
   steps, as its memory does not grow with them.
+- loading: image files to a batch of pixels, in one process.
 - autoattack: `evaluate_robustness` against the plain library on the live model, wall and CPU time.
 
 A run replaces the entries that it measures and leaves the others in the file; each has its date and versions.

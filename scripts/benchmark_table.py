@@ -95,6 +95,14 @@ def memory_table(entry: dict[str, Any]) -> str:
     return table(["", "peak of a step, MiB", "share of released"], lines)
 
 
+def loading_table(entry: dict[str, Any]) -> str:
+    lines = []
+    for name, row in entry["rows"].items():
+        seconds = statistics.median(row["seconds"])
+        lines.append([name, f"{1000 * seconds:.0f}", f"{entry['images'] / seconds:,.0f}"])
+    return table(["", f"ms for {entry['images']} images", "images a second and process"], lines)
+
+
 def autoattack_table(entry: dict[str, Any]) -> str:
     rows, lines = entry["rows"], []
     for name, row in rows.items():
@@ -143,6 +151,7 @@ TITLES = {
     "step": "## A training step",
     "scaling": "## How a step grows",
     "memory": "## Memory",
+    "loading": "## Reading images",
     "autoattack": "## AutoAttack",
 }
 TABLES = {
@@ -150,6 +159,7 @@ TABLES = {
     "step": timed_table,
     "scaling": scaling_table,
     "memory": memory_table,
+    "loading": loading_table,
     "autoattack": autoattack_table,
 }
 
