@@ -58,5 +58,8 @@ def _attention(
         # A boolean mask says what takes part, any other is added.
         is_boolean = attn_mask.dtype == torch.bool
         scores = scores.masked_fill(~attn_mask, -math.inf) if is_boolean else scores + attn_mask.to(scores.dtype)
-    weights = F.dropout(scores.softmax(-1), dropout_p)
-    return weights @ value
+    weights = scores.softmax(-1)
+    if attn_mask is not None:
+        # Where nothing takes part, the fused kernels answer zero.
+        weights = weights.masked_fill((scores == -math.inf).all(-1, keepdim=True), 0)
+    return F.dropout(weights, dropout_p) @ value

@@ -64,6 +64,8 @@ class FrozenRoute(nn.Module):
         super().__init__()
         base, device = model.get_base_model(), next(model.parameters()).device
         with model.route(route), torch.no_grad():
+            # What layers computed in an earlier pass may be part of its graph, which cannot be copied.
+            forget_cached(base)
             self.network = copy.deepcopy(base)
             # There is no memory to save that is worth a second pass in every step of an attack.
             checkpointing.disable(self.network)
@@ -97,7 +99,9 @@ class FrozenRoute(nn.Module):
         if linear_patches and device.type == "cpu":
             self._replace_patch_embeddings()
         if channels_last and any(isinstance(module, nn.Conv2d) for module in self.network.modules()):
-            self.network.to(memory_format=torch.channels_last)
+            for tensor in [*self.network.parameters(), *self.network.buffers()]:
+                if tensor.ndim == 4:
+                    tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
         self.compiled_batch = compiled_batch
         self._compiled: Callable[[Tensor], Tensor] | None = None
 
@@ -123,7 +127,7 @@ class FrozenRoute(nn.Module):
 
         Compiled code keeps it: it may rely on where the weights are.
         """
-        if self._compiled is not None:
+        if self._compiled is not None and self._compiled != self._run:
             return
         for tensor in [*self.network.parameters(), *self.network.buffers()]:
             storage = tensor.untyped_storage()
@@ -186,9 +190,10 @@ class FrozenRoute(nn.Module):
         return ""
 
     def _replace_patch_embeddings(self) -> None:
-        for name, module in list(self.network.named_modules()):
+        for module in self.network.modules():
             if type(module) is nn.Conv2d and _takes_patches(module):
-                self.network.set_submodule(name, _PatchLinear(module).eval())
+                # All else about the layer stays: models read its stride, its padding, its hooks.
+                module.__class__ = _PatchLinear
 
     @torch.no_grad()
     def _fold(self, example: Tensor) -> None:
@@ -233,15 +238,13 @@ def _takes_patches(conv: nn.Conv2d) -> bool:
     )
 
 
-class _PatchLinear(nn.Module):
-    """What a convolution with its kernel's own stride computes, as one matrix product, several times as fast."""
-
-    def __init__(self, conv: nn.Conv2d) -> None:
-        super().__init__()
-        self.weight, self.bias, self.size = conv.weight, conv.bias, conv.kernel_size
+class _PatchLinear(nn.Conv2d):
+    """A convolution with its kernel's own stride, computed as one matrix product: several times as fast."""
 
     def forward(self, images: Tensor) -> Tensor:
-        (height, width), (count, channels) = self.size, images.shape[:2]
+        if images.ndim != 4:
+            return super().forward(images)
+        (height, width), (count, channels) = self.kernel_size, images.shape[:2]
         rows, columns = images.shape[2] // height, images.shape[3] // width
         images = images[:, :, : rows * height, : columns * width]
         patches = images.reshape(count, channels, rows, height, columns, width).permute(0, 2, 4, 1, 3, 5)

@@ -211,6 +211,19 @@ class AutoLoraModel(PeftModel):
     def current_route(self) -> str:
         return self._switch.current
 
+    @contextmanager
+    def own_precision(self) -> Iterator[None]:
+        """Inside, the autocast is off that accelerate puts around `forward` for training in mixed precision.
+
+        What judges accuracy is the model as it will be deployed.
+        """
+        wrapped = self.__dict__.pop("forward", None)
+        try:
+            yield
+        finally:
+            if wrapped is not None:
+                self.forward = wrapped
+
     def pixel_space(self, route: str | None = None) -> PixelModel:
         """The model as a function of pixels: float N x 3 x H x W in [0, 1] to logits N x K.
 
@@ -390,5 +403,5 @@ class PixelModel(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         # Normalised in the precision of the pixels: rounding before it could swallow a small perturbation.
         images = self.normalize(pixels).to(next(self.model.parameters()).dtype)
-        with self.model.route(self.route):
+        with self.model.own_precision(), self.model.route(self.route):
             return logits_of(self.model(images))

@@ -32,6 +32,16 @@ def test_same_values_and_gradients(call):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
+def test_a_row_without_anything_to_attend_to_is_zero():
+    query = torch.randn(1, 1, 3, 4, dtype=torch.float64)
+    mask = torch.tensor([[True, False, True], [False, False, False], [True, True, True]])
+    expected = F.scaled_dot_product_attention(query, query, query, attn_mask=mask)
+    with _PlainAttention():
+        found = F.scaled_dot_product_attention(query, query, query, attn_mask=mask)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert (found[0, 0, 1] == 0).all()
+
+
 def test_dropout_is_applied():
     query = torch.randn(1, 1, 4, 8)
     with _PlainAttention():

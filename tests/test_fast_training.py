@@ -11,7 +11,15 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
-from autolora_hf import AutoLoraTrainer, AutoLoraTrainingArguments, ThreatModel
+from autolora_hf import (
+    PGD,
+    AutoLoraTrainer,
+    AutoLoraTrainingArguments,
+    ThreatModel,
+    evaluate_robustness,
+    load_autolora_model,
+)
+from autolora_hf import attention as attention_module
 from autolora_hf.attacks import bf16_keeps_strength
 from autolora_hf.evaluation import Accuracy
 from autolora_hf.frozen import FrozenRoute
@@ -159,6 +167,71 @@ def test_precision_of_the_attack(tmp_path, caplog, changes, precision, warns):
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
 
 
+def test_precision_that_the_launcher_sets(tmp_path, monkeypatch):
+    """`accelerate launch --mixed_precision bf16`."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    trainer = new_trainer(tmp_path)
+    assert not trainer.args.bf16
+    assert trainer.plan["attack_precision"] == "bfloat16"
+
+
+@pytest.mark.parametrize(("changes", "used"), [({"bf16": True}, True), ({}, False)])
+@pytest.mark.parametrize("name", ["timm_vit", "hf_vit"])
+def test_attention_of_the_update(tmp_path, monkeypatch, name, changes, used):
+    """Plain products in bfloat16, on both routes of every step."""
+    seen, attention = [], attention_module._attention
+    monkeypatch.setattr(attention_module, "_attention", lambda *args, **kw: seen.append(1) or attention(*args, **kw))
+    trainer = new_trainer(tmp_path, name, num_train_epochs=1, attack_bf16=False, **changes)
+    trainer.train()
+    blocks = 2
+    assert len(seen) == used * 3 * 2 * blocks
+
+
+@pytest.mark.parametrize("name", ["timm_vit", "hf_vit"])
+def test_bfloat16_with_recomputed_blocks(tmp_path, name):
+    options = {"num_train_epochs": 1, "bf16": True, "save_strategy": "epoch"}
+    losses = []
+    for recompute in (False, True):
+        trainer = new_trainer(tmp_path / str(recompute), name, activation_checkpointing=recompute, **options)
+        trainer.train()
+        losses += logged(trainer, "loss")
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_the_model_itself_judges(tmp_path):
+    """Validation and tests run in the model's own precision, the update under autocast."""
+    trainer = new_trainer(tmp_path, "timm_vit", num_train_epochs=1, bf16=True)
+    seen = []
+    block = trainer.model.get_base_model().blocks[0]
+    block.register_forward_hook(lambda module, *_: seen.append((module.training, torch.is_autocast_enabled("cpu"))))
+    trainer.train()
+    report = trainer.evaluate_robustness(pictures(12, seed=5), "pgd", progress=False)
+    # The hook is copied with the layer that attacks run on, where there is no autocast either.
+    assert set(seen) == {(True, True), (False, False)}
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = load_autolora_model(tmp_path / "saved")
+    again = evaluate_robustness(loaded, pictures(12, seed=5), attack="pgd", progress=False)
+    assert again.robust_correct == report.robust_correct
+    assert "forward" in trainer.model.__dict__, "the update still runs under autocast"
+
+
+class Noted(PGD):
+    """An attack that does more in its call than PGD does."""
+
+    calls = 0
+
+    def __call__(self, *args, **kwargs):
+        type(self).calls += 1
+        return super().__call__(*args, **kwargs)
+
+
+def test_an_attack_of_ones_own(tmp_path):
+    trainer = new_trainer(tmp_path, num_train_epochs=1)
+    trainer._train_attack = Noted(steps=1)
+    trainer.train()
+    assert Noted.calls == 3
+
+
 def test_switches_reach_the_copy(tmp_path, monkeypatch):
     seen = []
 
@@ -213,8 +286,8 @@ def test_exact_accuracy_is_measured_after_every_epoch(tmp_path):
     trainer.train()
     assert trainer.args.scalar_accuracy == "exact"
     assert logged(trainer, "train_natural_route_accuracy")[-1] == trainer.natural_training_accuracy()
-    # What was measured on the way is not kept for ever.
-    assert len(trainer._guard._epoch_terms) == 3
+    # Sums of one epoch, not of the whole run.
+    assert trainer._guard._epoch_steps == 3
 
 
 def test_unknown_scalar_accuracy(tmp_path):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tiny_models import IMAGENET, MODELS, change_everything
 from torch import nn
 
-from autolora_hf import PGD, ThreatModel, get_autolora_model
+from autolora_hf import PGD, Preprocessing, ThreatModel, get_autolora_model
 from autolora_hf import frozen as frozen_module
 from autolora_hf.frozen import FrozenRoute
 from autolora_hf.targets import statistics_norms
@@ -66,7 +66,9 @@ def test_norms_with_activations_are_folded():
 def test_patches_are_a_matrix_product(size, kernel):
     conv = nn.Conv2d(3, 5, kernel, kernel).double()
     images = torch.randn(2, 3, *size, dtype=torch.float64).requires_grad_()
-    found, expected = frozen_module._PatchLinear(conv)(images), conv(images)
+    expected = conv(images)
+    conv.__class__ = frozen_module._PatchLinear
+    found = conv(images)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     gradients = [torch.autograd.grad(output.square().sum(), images)[0] for output in (found, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
@@ -93,7 +95,25 @@ def test_only_patches_side_by_side(changes, replaced):
 def test_a_patch_embedding_is_replaced():
     frozen = FrozenRoute(MODELS["timm_vit"].adapted())
     assert any(isinstance(module, frozen_module._PatchLinear) for module in frozen.modules())
-    assert not any(isinstance(module, nn.Conv2d) for module in frozen.modules())
+    assert not any(type(module) is nn.Conv2d for module in frozen.modules())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [("davit_tiny", {}), ("levit_128s", {}), ("lambda_resnet26t", {})],
+    ids=["attributes of the patch embedding", "biases cached in eval mode", "weights of five dimensions"],
+)
+def test_models_of_their_own_kind(architecture, options):
+    network = timm.create_model(architecture, num_classes=4, **options).eval()
+    size = network.default_cfg["input_size"][1]
+    preprocessing = Preprocessing((size, size), crop_pct=1.0)
+    model = get_autolora_model(network, preprocessing=preprocessing)
+    pixels = torch.rand(1, 3, size, size)
+    # What an attack on the live model leaves behind.
+    expected = model.eval().pixel_space()(pixels.requires_grad_())
+    found = FrozenRoute(model)(pixels)
+    scale = max(1, expected.abs().max().item())
+    torch.testing.assert_close(found.detach(), expected.detach(), rtol=1e-4, atol=1e-4 * scale)
 
 
 @pytest.mark.parametrize("name", MODELS)

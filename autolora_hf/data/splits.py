@@ -145,9 +145,14 @@ def stratified_subset(labels: Sequence[int], size: int, seed: int) -> list[int]:
         raise ValueError(f"`size` must be a positive integer, got {size!r}.")
     if size >= len(labels):
         return list(range(len(labels)))
-    classes, counts = np.unique(np.asarray(labels), return_counts=True)
     generator = np.random.default_rng(seed)
-    return _draw(labels, classes, _apportion(counts, counts, int(size), generator), generator).tolist()
+    return _draw(labels, *subset_seats(labels, int(size), generator), generator).tolist()
+
+
+def subset_seats(labels: Sequence[int], size: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """The classes, sorted, and how many samples of each [`stratified_subset`] takes."""
+    classes, counts = np.unique(np.asarray(labels), return_counts=True)
+    return classes, _apportion(counts, counts, size, generator)
 
 
 def is_integer(value: Any) -> bool:

@@ -17,7 +17,7 @@ from ..pixels import Preprocessing
 from .dataset import BrokenImages
 from .images import Augmentation, BrokenImageError, PixelTransform, seeded
 from .sources import as_label
-from .splits import held_out_seats
+from .splits import held_out_seats, subset_seats
 from .stored import StoredRows
 from .stream_sources import ArrowStream, Row, Scan, TorchStream, content_hash, scan_stream
 
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 # Encoded images of this many samples are in memory at once while they are shuffled.
 BUFFER_SIZE = 1000
+_ABOVE_ALL = np.uint64(2**64 - 1)
 
 Item = dict[str, Tensor | int]
 
@@ -194,14 +195,7 @@ class PixelStream(IterableDataset):
             )
         if self._limits is not None:
             raise ValueError(f"{self.name} is a part of a split: pass the other part as `eval_dataset`.")
-        # Another seed is to hold out other images.
-        mask = int(np.random.default_rng(self._seed).integers(2**64, dtype=np.uint64))
-        limits = np.zeros(int(self.labels.max()) + 1, dtype=np.uint64)
-        classes, seats = held_out_seats(self.labels, fraction, np.random.default_rng(self._seed))
-        for label, count in zip(classes, seats, strict=True):
-            limits[label] = np.sort(self._scan.contents[self.labels == label] ^ np.uint64(mask))[count]
-        split = {"_limits": limits, "_mask": mask}
-        kept, held_out = (self._view(**split, _held_out=held_out) for held_out in (False, True))
+        kept, held_out = self._split(*held_out_seats(self.labels, fraction, np.random.default_rng(self._seed)))
         if len(held_out) == 0:
             raise ValueError(
                 f"Cannot hold out images of {self.name}: those of a class are all the same. Pass an `eval_dataset`."
@@ -215,7 +209,19 @@ class PixelStream(IterableDataset):
         """
         if len(self) <= size or not self._scan.repeats or self._limits is not None:
             return self
-        return self.hold_out(size / len(self))[1]
+        return self._split(*subset_seats(self.labels, size, np.random.default_rng(self._seed)))[1].plain()
+
+    def _split(self, classes: np.ndarray, seats: np.ndarray) -> tuple[PixelStream, PixelStream]:
+        """The rest, and `seats` samples of each class, chosen by a hash of the image."""
+        # Another seed is to choose other images.
+        mask = int(np.random.default_rng(self._seed).integers(2**64, dtype=np.uint64))
+        limits = np.zeros(int(self.labels.max()) + 1, dtype=np.uint64)
+        for label, count in zip(classes, seats, strict=True):
+            flipped = np.sort(self._scan.contents[self.labels == label] ^ np.uint64(mask))
+            limits[label] = flipped[count] if count < len(flipped) else _ABOVE_ALL
+        split = {"_limits": limits, "_mask": mask}
+        rest, chosen = (self._view(**split, _held_out=held_out) for held_out in (False, True))
+        return rest, chosen
 
     def reopen(
         self, preprocessing: Preprocessing, augmentation: Augmentation, name: str, **options: Any

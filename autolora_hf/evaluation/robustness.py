@@ -72,6 +72,7 @@ def evaluate_robustness(
             called as `attack(model, pixels, labels) -> pixels`. `["pgd-bf16", "autoattack"]` finds the images that are
             easily broken by PGD-10 in bfloat16 first; the model itself judges what it finds, and the others get the
             whole of AutoAttack as usual. This saves time on models of little robustness. For an [`AutoLoraModel`].
+            Those that are left share other batches then, so their random starts differ.
         route (`str`): Route of the AutoLoRa model.
         max_samples (`int`, *optional*): Use a random subset of this size with the class shares of the whole set.
         sample_indices (`Sequence[int]`, *optional*): Use exactly these images, for instance those of another report.

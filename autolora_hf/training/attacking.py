@@ -24,15 +24,18 @@ class RouteAttacker:
     Args:
         model (`AutoLoraModel`): The model in training.
         args (`AutoLoraTrainingArguments`): Threat model, precision, and what the copy may do to be quick.
+        mixed_precision (`str`): That of the update, as accelerate names it.
 
     Attributes:
         dtype (`torch.dtype`): Precision in which attacks search.
     """
 
-    def __init__(self, model: AutoLoraModel, args: AutoLoraTrainingArguments) -> None:
+    def __init__(self, model: AutoLoraModel, args: AutoLoraTrainingArguments, mixed_precision: str) -> None:
         self.model, self.args = model, args
         keeps_strength = bf16_keeps_strength(args.threat_model, model.preprocessing.image_size)
-        in_bf16 = args.bf16 and keeps_strength if args.attack_bf16 is None else args.attack_bf16
+        in_bf16 = args.attack_bf16
+        if in_bf16 is None:
+            in_bf16 = mixed_precision == "bf16" and keeps_strength
         if in_bf16 and not keeps_strength:
             logger.warning(
                 "`attack_bf16` makes attacks weaker where the threat model allows so little (%s): the robust accuracy "
@@ -59,7 +62,9 @@ class RouteAttacker:
                 compiled_batch=self.args.train_batch_size if self.args.attack_compile else None,
             )
         start = random_starts(pixels, self.args.threat_model, *key, first=first)
-        adversarial = attack.search(self.frozen.refresh(), pixels, labels, start=start)
+        # Another attack may do more in its call than to search.
+        search = attack.search if type(attack) is PGD else attack
+        adversarial = search(self.frozen.refresh(), pixels, labels, start=start)
         # The update needs the most memory, and no copy.
         self.frozen.release()
         return adversarial

@@ -24,7 +24,7 @@ from ..data import (
 )
 from ..pixels import Preprocessing
 from .arguments import AutoLoraTrainingArguments
-from .streams import prepare_streams
+from .streams import limited, prepare_streams
 
 
 logger = logging.getLogger(__name__)
@@ -67,10 +67,9 @@ def prepare_data(
     validation = as_pixel_dataset(validation, preprocessing, name="eval_dataset", **options)
     check_labels(validation.labels, num_classes, "eval_dataset")
     check_class_names(train.class_names, validation.class_names, "eval_dataset")
-    validation = without_absent(_reading_as(args.broken_images, validation))
+    validation = limited(without_absent(_reading_as(args.broken_images, validation)), args)
     # Broken images first: the same error page in both sets is no image that they share.
-    validation = _new_images(train, without_broken(validation))
-    return train, validation.bounded(args.max_validation_images or len(validation), args.seed)
+    return train, _new_images(train, without_broken(validation))
 
 
 def hold_out(train: PixelDataset, fraction: float, seed: int) -> tuple[PixelDataset, PixelDataset]:

@@ -51,8 +51,9 @@ class StepGuard(TrainerCallback):
         self._findings: list[dict[str, Tensor]] = []
         self._terms: list[dict[str, Tensor]] = []
         self._step_terms: list[dict[str, Tensor]] = []
-        # As `_terms`, but of the whole epoch, whenever something is logged.
-        self._epoch_terms: list[dict[str, Tensor]] = []
+        # Sums over the steps of the epoch, whenever something is logged, and their number.
+        self._epoch_sums: dict[str, Tensor] = {}
+        self._epoch_steps = 0
 
     # ---- inside the forward pass ----
 
@@ -92,8 +93,7 @@ class StepGuard(TrainerCallback):
 
     def epoch_mean(self, name: str) -> Tensor | None:
         """Mean of one term over the steps of this epoch, without the skipped ones; `None` if there were none."""
-        values = [terms[name] for terms in self._epoch_terms]
-        return torch.stack(values).mean() if values else None
+        return self._epoch_sums[name] / self._epoch_steps if self._epoch_steps else None
 
     # ---- around the optimizer step ----
 
@@ -106,7 +106,7 @@ class StepGuard(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._epoch_terms = []
+        self._epoch_sums, self._epoch_steps = {}, 0
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -151,7 +151,8 @@ class StepGuard(TrainerCallback):
         names = self._step_terms[0] if self._step_terms else ()
         means = {name: torch.stack([terms[name] for terms in self._step_terms]).mean() for name in names}
         self._terms.append(means)
-        self._epoch_terms.append(means)
+        self._epoch_sums = {name: mean + self._epoch_sums.get(name, 0) for name, mean in means.items()}
+        self._epoch_steps += 1
         self.trainer.lr_scheduler.skipped_in_a_row = 0
 
     def _undo(self) -> None:

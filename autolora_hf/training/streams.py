@@ -84,11 +84,19 @@ def prepare_streams(
         "out, and a part of the training set is held out by itself; or split a stream of the datasets library with "
         "`dataset.take(n)` and `dataset.skip(n)`.",
     )
-    limit = args.max_validation_images or len(validation)
-    if isinstance(validation, PixelStream):
-        return train, validation.without_broken().bounded(limit)
-    validation = without_broken(validation)
-    return train, validation.bounded(limit, args.seed)
+    validation = limited(validation, args)
+    return train, without_broken(validation) if isinstance(validation, PixelDataset) else validation.without_broken()
+
+
+def limited(validation: PixelDataset | PixelStream, args: AutoLoraTrainingArguments) -> PixelDataset | PixelStream:
+    """The part of a given validation set that is used: at most `max_validation_images`, the same in every epoch."""
+    limit, given = args.max_validation_images, len(validation)
+    if limit is None or given <= limit:
+        return validation
+    seed = () if isinstance(validation, PixelStream) else (args.seed,)  # a stream has its own
+    chosen = validation.bounded(limit, *seed)
+    logger.info("%d of %d validation images are used (`max_validation_images`).", len(chosen), given)
+    return chosen
 
 
 def unaugmented(data: PixelDataset | PixelStream) -> PixelDataset | PixelStream:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
+from .. import checkpointing
 from ..attacks.pgd import attack_mode, hits, logits_of
 from ..attention import plain_attention
 from ..config import ThreatModel
@@ -114,7 +115,7 @@ class AutoLoraTrainer(StreamingTrainer, PublishingTrainer):
             optimizers=optimizers,
         )
         self.plan["environment"] = run_environment(self)
-        self._attacker = RouteAttacker(model, args)
+        self._attacker = RouteAttacker(model, args, self.accelerator.mixed_precision)
         self.plan["attack_precision"] = str(self._attacker.dtype).removeprefix("torch.")
         self.add_callback(_AutoLoraCallback(self))
         self._guard = StepGuard(self)
@@ -129,6 +130,9 @@ class AutoLoraTrainer(StreamingTrainer, PublishingTrainer):
         synchronize(self.model.parameters())
         self._normalize = Normalize(model.preprocessing).to(args.device)
         self._train_attack, self._eval_attack = args.training_attack(), args.validation_attack()
+        mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        # In which the update computes attention.
+        self._precision = mixed.get(self.accelerator.mixed_precision, next(model.parameters()).dtype)
         self._channels_last = args.channels_last and any(isinstance(module, nn.Conv2d) for module in model.modules())
         self._evaluated = 0
         self._plain_loader: DataLoader | None = None
@@ -180,6 +184,7 @@ class AutoLoraTrainer(StreamingTrainer, PublishingTrainer):
             "epochs": epochs,
             "optimizer": args.optim.value,
             "learning_rate": args.learning_rate,
+            "scalar_accuracy": args.scalar_accuracy,
             "halving_rule": args.halving_rule,
             "halving_checkpoints": default_checkpoints(epochs, args.halving_interval),
         }
@@ -247,9 +252,8 @@ class AutoLoraTrainer(StreamingTrainer, PublishingTrainer):
         # A process without samples of its own still takes part, with weight 0.
         own = max(share.count, 1)
 
-        kind, precision = pixels.device.type, next(model.parameters()).dtype
-        if torch.is_autocast_enabled(kind):
-            precision = torch.get_autocast_dtype(kind)
+        # A model that recomputes its blocks in the backward pass would do so with the other attention.
+        precision = torch.float32 if checkpointing.is_enabled(model) else self._precision
 
         def forward(route: str, images: Tensor) -> Tensor:
             with model.route(route), plain_attention(pixels.device, precision):
@@ -288,7 +292,7 @@ class AutoLoraTrainer(StreamingTrainer, PublishingTrainer):
         inputs = self._prepare_inputs(inputs)
         pixels, labels = inputs["pixel_values"], inputs["labels"]
         model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        with self.compute_loss_context_manager():
+        with model.own_precision():
             # The same random starts in every epoch: differences in robust accuracy then come from the weights.
             key, first = (self.args.seed, EVALUATION), self._evaluated + self.args.process_index * len(labels)
             adversarial = self._attacker(self._eval_attack, pixels, labels, *key, first=first)
@@ -347,7 +351,7 @@ class AutoLoraTrainer(StreamingTrainer, PublishingTrainer):
             # validation set if its workers are persistent.
             self._plain_loader = self.get_test_dataloader(unaugmented(self.train_dataset))
         right, total = 0, 0
-        with attack_mode(model), model.route(NATURAL):
+        with attack_mode(model), model.own_precision(), model.route(NATURAL):
             for inputs in self._plain_loader:
                 inputs = self._prepare_inputs(inputs)
                 logits = logits_of(model(self._images(model, inputs["pixel_values"])))
