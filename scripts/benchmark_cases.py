@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ STEPS_OF_TRAINER: dict[str, dict[str, Any]] = {
 }
 # The package's plain adversarial training, for the rows of the libraries that have no more than that.
 PLAIN_TRAINING = {"plain adversarial training, " + name: name for name in ("exact", "all bfloat16")}
+NATURAL_MODEL = ", natural model"  # ends the names of rows about a model that was not trained to be robust
 SCALING = {
     "attack steps": (5, 20),
     "batch size": (8, 128),
@@ -241,3 +243,14 @@ def network_of(case: Case, bench: Bench) -> nn.Module:
 def adapted(case: Case, network: nn.Module) -> AutoLoraModel:
     torch.manual_seed(0)
     return get_autolora_model(network, AutoLoraConfig(r=case.rank), preprocessing=case.preprocessing)
+
+
+def cpu_name() -> str:
+    """Name of the processor, and which wide instructions for bfloat16 it has."""
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.machine()
+    lines = dict(line.split(":", 1) for line in info.replace("\t", "").splitlines() if ":" in line)
+    flags = [name for name in ("avx512_bf16", "amx_bf16") if name in lines.get("flags", "").split()]
+    return f"{lines.get('model name', platform.machine()).strip()} ({', '.join(flags) or 'no bfloat16 arithmetic'})"

@@ -31,7 +31,6 @@ import itertools
 import json
 import logging
 import os
-import platform
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ from typing import Any
 import benchmark_peers as peers
 import torch
 import transformers
-from benchmark_cases import CASES, SECTIONS, SMOKE, Bench, Case
+from benchmark_cases import CASES, SECTIONS, SMOKE, Bench, Case, cpu_name
 from benchmark_sections import MEASURES, memory_of
 from benchmark_table import render
 
@@ -50,22 +49,11 @@ def environment(device: torch.device) -> dict[str, Any]:
     names = ("autolora-hf", "torch", "timm", "transformers", "peft", "pyautoattack")
     return {
         "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "kind": device.type,
         "threads": torch.get_num_threads(),
         "versions": {**{name: importlib.metadata.version(name) for name in names}, **peers.versions()},
     }
-
-
-def _cpu_name() -> str:
-    """Name of the processor, and which wide instructions for bfloat16 it has."""
-    try:
-        info = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.machine()
-    lines = dict(line.split(":", 1) for line in info.replace("\t", "").splitlines() if ":" in line)
-    flags = [name for name in ("avx512_bf16", "amx_bf16") if name in lines.get("flags", "").split()]
-    return f"{lines.get('model name', platform.machine()).strip()} ({', '.join(flags) or 'no bfloat16 arithmetic'})"
 
 
 def main() -> None:
