@@ -70,8 +70,8 @@ def timed_table(entry: dict[str, Any]) -> str:
     text = table(["", "ratio to released", "seconds", column, "of peak", "first call"], lines)
     if attack:
         text += (
-            "All rows of this package and the released one start from the same images, within 0.001 of the clean ones; "
-            "the other libraries draw a start of their own from the whole ball.\n\n"
+            "This package and the released attack start from the same images, within 0.001 of the clean ones; the "
+            "other libraries draw one of their own from the whole ball.\n\n"
         )
     elif any(name in rows for name in peers.TRAININGS):
         text += "The steps of MAIR and ART are whole calls of their trainers, with what these do around a step.\n\n"

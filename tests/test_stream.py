@@ -243,6 +243,41 @@ def test_copies_stay_together():
         alike.hold_out(0.3)
 
 
+class ManyClasses(Pairs):
+    """Two images of each class, and of the first two classes one more."""
+
+    def __iter__(self):
+        return ((self.image(i), i % 19) for i in range(40))
+
+
+@pytest.mark.parametrize("size", [1, 10, 19, 39, 40, 100])
+def test_a_bounded_stream(size):
+    """Exactly as many as asked for, the same in every pass, with classes in proportion: none has to keep one."""
+    stream = as_pixel_stream(ManyClasses(), PREPROCESSING, seed=3)
+    part = stream.bounded(size)
+    first = identities(part)
+    assert len(part) == len(first) == min(size, 40)
+    assert set(first) <= set(identities(stream)) and len(set(first)) == len(first)
+    part.set_epoch(1)
+    assert identities(part) == first
+    counts = Counter(part.labels.tolist())
+    assert max(counts.values()) - min(counts[label] for label in range(19)) <= 1
+    assert part.bounded(5) is part or size >= 40
+
+
+def test_a_validation_stream_is_bounded(tmp_path, caplog):
+    args = arguments(tmp_path, max_validation_images=12)
+    model = MODELS["hf_vit"].adapted(num_classes=3)
+    validation = pictures(30, seed=1).to_iterable_dataset(num_shards=2)
+    with caplog.at_level("INFO", "autolora_hf"):
+        trainer = AutoLoraTrainer(model, args, train_dataset=pictures(), eval_dataset=validation)
+    assert Counter(trainer.eval_dataset.labels.tolist()) == {0: 4, 1: 4, 2: 4}
+    assert trainer.plan["validation_images"] == 12
+    assert "12 of 30 validation images are used" in caplog.text
+    trainer.train()
+    assert len(logged(trainer, "eval_robust_accuracy")) == 2
+
+
 # ---- broken images ----
 
 
