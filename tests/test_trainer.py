@@ -4,7 +4,6 @@ import json
 from collections import Counter
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -272,7 +271,7 @@ def test_the_attack_goes_through_the_deployed_route_in_eval_mode(tmp_path, name,
         if module is base:
             passes.append((model.current_route, module.training))
 
-    trainer._train_attack = SimpleNamespace(search=spy)
+    trainer._train_attack = spy
     base.register_forward_hook(hook)
     trainer.compute_loss(model.train(), batch)
     (logits,) = attacked
@@ -297,7 +296,7 @@ def test_every_step_has_random_starts_of_its_own(tmp_path, accumulation):
             seen.append((images, start))
             return attack.search(view, images, labels, start=start)
 
-        trainer._train_attack = SimpleNamespace(search=spy)
+        trainer._train_attack = spy
         trainer.train()
         return [torch.cat(tensors) for tensors in zip(*seen, strict=True)]
 
