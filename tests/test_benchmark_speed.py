@@ -104,7 +104,8 @@ def test_the_whole_benchmark_runs(tmp_path):
         return json.loads(output.read_text())["entries"]
 
     entries = run("--device", "cpu")
-    assert {entry["section"] for entry in entries.values()} == {"attack", "step", "scaling", "memory", "autoattack"}
+    sections = {"attack", "step", "scaling", "memory", "loading", "autoattack"}
+    assert {entry["section"] for entry in entries.values()} == sections
     for entry in entries.values():
         assert not [row for row in entry["rows"].values() if row.get("missing", "").startswith("failed")]
     page = output.with_suffix(".md").read_text()
