@@ -434,6 +434,9 @@ import timm, torch, transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 x = torch.rand(1, 3, 32, 32)
+def same(a, b):
+    # Equal weights elsewhere in memory may be multiplied by another kernel.
+    return torch.allclose(a, b, rtol=1e-5, atol=1e-5)
 sizes = {"embedding_size": 8, "hidden_sizes": [8] * 4, "depths": [1] * 4, "num_labels": 3}
 model = transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes)).eval()
 expected = model(x).logits
@@ -442,12 +445,12 @@ transformers.ViTImageProcessor(size=32).push_to_hub("alice/resnet")
 adapter = get_peft_model(model, LoraConfig(target_modules=["convolution"], r=2, init_lora_weights=False)).eval()
 adapter.push_to_hub("alice/adapter", private=True)
 loaded = AutoModelForImageClassification.from_pretrained("alice/resnet").eval()
-answer = [torch.equal(loaded(x).logits, expected)]
+answer = [same(loaded(x).logits, expected)]
 answer.append(AutoImageProcessor.from_pretrained("alice/resnet").size["height"])
-answer.append(torch.equal(PeftModel.from_pretrained(loaded, "alice/adapter").eval()(x).logits, adapter(x).logits))
+answer.append(same(PeftModel.from_pretrained(loaded, "alice/adapter").eval()(x).logits, adapter(x).logits))
 model = timm.create_model("resnet10t", num_classes=3).eval()
 timm.models.push_to_hf_hub(model, "alice/timm")
-answer.append(torch.equal(timm.create_model("hf-hub:alice/timm", pretrained=True).eval()(x), model(x)))
+answer.append(same(timm.create_model("hf-hub:alice/timm", pretrained=True).eval()(x), model(x)))
 print(json.dumps(answer))
 """
     assert ask(server, code, token="hf_alice") == [True, 32, True, True]
