@@ -1,6 +1,7 @@
 """The frozen copy of a route: the same function, and up to date after `refresh`."""
 
 import logging
+import shutil
 
 import pytest
 import timm
@@ -294,6 +295,7 @@ def test_a_compiler_that_fails_is_not_used(monkeypatch, caplog, broken, reason):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["timm_resnet", "hf_vit"])
 def test_compiled_attack(name, dtype, caplog):
