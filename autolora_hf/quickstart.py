@@ -110,7 +110,7 @@ def run_quickstart(output_dir: str | os.PathLike, settings: QuickstartSettings |
     ):
         baseline = second.submit(_measure_baselines, settings)
         started = time.time()
-        robust = _train("autolora", settings, Path(folder) / "run")
+        robust = train_on_digits("autolora", settings, Path(folder) / "run")
         robust.model.eval()
         seconds["AutoLoRa"] = time.time() - started
         baselines, seconds["natural fine-tuning, measured, meanwhile"] = baseline.result()
@@ -169,7 +169,10 @@ def _fresh_model(settings: QuickstartSettings) -> AutoLoraModel:
     return model
 
 
-def _train(objective: str, settings: QuickstartSettings, folder: Path, quiet: bool = False) -> AutoLoraTrainer:
+def train_on_digits(
+    objective: str, settings: QuickstartSettings, folder: Path, quiet: bool = False, **changes: Any
+) -> AutoLoraTrainer:
+    """The quickstart's training, finished; `changes` are further training arguments."""
     model, train = _fresh_model(settings), load_digits()["train"]
     chosen = stratified_subset(train["label"], settings.train_images, settings.seed)
     # Decoded once: reading small pictures anew in every epoch would take longer than a training step.
@@ -188,6 +191,7 @@ def _train(objective: str, settings: QuickstartSettings, folder: Path, quiet: bo
         augmentation="crop",
         seed=settings.seed,
         disable_tqdm=quiet,
+        **changes,
     )
     trainer = AutoLoraTrainer(model, args, train_dataset=TensorDataset(pixels, labels))
     if quiet:
@@ -207,7 +211,7 @@ def _measure_baselines(settings: QuickstartSettings) -> tuple[dict[str, Robustne
     indices = stratified_subset(test["label"], settings.test_images, settings.seed)
     before = evaluate_robustness(_fresh_model(settings).eval(), test, attack=_pgd(settings), **options)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = _train("natural", settings, Path(folder), quiet=True)
+        trainer = train_on_digits("natural", settings, Path(folder), quiet=True)
     reports = {
         UNTRAINED + PGD_SUFFIX: before,
         NATURAL: trainer.evaluate_robustness(test, sample_indices=indices, **options),

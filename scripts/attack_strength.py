@@ -20,13 +20,12 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from benchmark_cases import cpu_name
+from benchmark_cases import cpu_name, digits
 from torch import Tensor, nn
 
 from autolora_hf import PGD, AutoLoraModel, Preprocessing, ThreatModel, get_autolora_model, load_autolora_model
 from autolora_hf.attacks.pgd import attack_mode, hits
 from autolora_hf.attacks.precision import LEAST_CHANGE, bf16_keeps_strength
-from autolora_hf.data import as_pixel_dataset, collate
 from autolora_hf.files import read_json, write_atomically, write_json
 from autolora_hf.frozen import FrozenRoute
 from autolora_hf.pixels import Normalize
@@ -132,9 +131,7 @@ def cosine(model: AutoLoraModel, data: tuple[Tensor, Tensor]) -> float:
 def rows_of(kind: str, robust: bool, args: argparse.Namespace) -> list[dict[str, Any]]:
     if kind == PUBLISHED:
         model, radii = load_autolora_model(ROOT / "model_cards" / "quickstart-digits").eval(), PUBLISHED_RADII
-        digits = as_pixel_dataset(load_digits()["test"], model.preprocessing)
-        items = [digits[index] for index in range(0, len(digits), len(digits) // args.images)][: args.images]
-        data = collate(items)["pixel_values"], torch.tensor([item["labels"] for item in items])
+        data = digits(load_digits()["test"], model, args.images)
     else:
         model, radii = train(kind, robust, args.epochs, args.train_images), RADII
         data = coloured_digits("test", args.images)

@@ -28,6 +28,7 @@ from autolora_hf import (
     Preprocessing,
     get_autolora_model,
 )
+from autolora_hf.data import as_pixel_dataset
 from autolora_hf.pixels import Normalize
 
 
@@ -243,6 +244,12 @@ def network_of(case: Case, bench: Bench) -> nn.Module:
 def adapted(case: Case, network: nn.Module) -> AutoLoraModel:
     torch.manual_seed(0)
     return get_autolora_model(network, AutoLoraConfig(r=case.rank), preprocessing=case.preprocessing)
+
+
+def digits(split: Any, model: AutoLoraModel, count: int) -> tuple[Tensor, Tensor]:
+    data = as_pixel_dataset(split, model.preprocessing)
+    items = [data[index] for index in range(0, len(data), len(data) // count)][:count]
+    return torch.stack([item["pixel_values"] for item in items]), torch.tensor([item["labels"] for item in items])
 
 
 def cpu_name() -> str:

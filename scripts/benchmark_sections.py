@@ -35,6 +35,7 @@ from benchmark_cases import (
     Bench,
     Case,
     adapted,
+    digits,
     flops,
     network_of,
 )
@@ -354,7 +355,7 @@ def _digits_model(objective: str, case: Case, bench: Bench) -> tuple[AutoLoraMod
     model.heads[0].reset_parameters()
     splits = load_digits()
     counts = (100, case.batch) if bench.smoke else (1000, case.batch)
-    train, test = (_digits(splits[split], model, n) for split, n in zip(("train", "test"), counts, strict=True))
+    train, test = (digits(splits[split], model, n) for split, n in zip(("train", "test"), counts, strict=True))
     args = AutoLoraTrainingArguments(
         str(bench.new_folder()),
         objective=objective,
@@ -390,12 +391,6 @@ def _by_package(model: AutoLoraModel, test: tuple[Tensor, Tensor], attack: Any, 
     data = tuple(tensor[:count] for tensor in test)
     options = {"batch_size": count, "progress": False}
     return evaluate_robustness(model, data, ThreatModel("linf", DIGITS_EPS), attack, **options).robust_correct
-
-
-def _digits(split: Any, model: AutoLoraModel, count: int) -> tuple[Tensor, Tensor]:
-    data = as_pixel_dataset(split, model.preprocessing)
-    items = [data[index] for index in range(0, len(data), len(data) // count)][:count]
-    return torch.stack([item["pixel_values"] for item in items]), torch.tensor([item["labels"] for item in items])
 
 
 MEASURES = {name: globals()[f"measure_{name}"] for name in SECTIONS}

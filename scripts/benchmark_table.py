@@ -44,7 +44,7 @@ def of_peak(entry: dict[str, Any], name: str) -> str:
     """Mixed precisions have no peak, and rows that are not AutoLoRa have another amount of work."""
     row = entry["rows"][name]
     dtype = "bfloat16" if name in ("bfloat16", "bfloat16, compiled") or name.startswith("all bf") else "float32"
-    if name.startswith("bfloat16 attack") or units(name) != 26 or "seconds" not in row:
+    if name.startswith("bfloat16 attack") or units(name) != 26:
         return "-"
     rate = entry["flops"] / statistics.median(row["seconds"]) / 1e9
     peak = max(value for kind, value in entry["peaks"].items() if kind.endswith(dtype))
@@ -93,12 +93,7 @@ def scaling_table(entry: dict[str, Any]) -> str:
 
 def memory_table(entry: dict[str, Any]) -> str:
     rows, released = entry["rows"], entry["rows"]["released"]["peak"]
-    lines = [
-        [name, row["missing"], "-"]
-        if "missing" in row
-        else [name, f"{row['peak']:.0f}", f"{row['peak'] / released:.2f}"]
-        for name, row in rows.items()
-    ]
+    lines = [[name, f"{row['peak']:.0f}", f"{row['peak'] / released:.2f}"] for name, row in rows.items()]
     return table(["", "peak of a step, MiB", "share of released"], lines)
 
 
@@ -113,9 +108,6 @@ def loading_table(entry: dict[str, Any]) -> str:
 def autoattack_table(entry: dict[str, Any]) -> str:
     rows, lines = entry["rows"], []
     for name, row in rows.items():
-        if "missing" in row:
-            lines.append([name, row["missing"], *["-"] * 3])
-            continue
         base = rows["library" + (NATURAL_MODEL if NATURAL_MODEL in name else "")]
         wall = spread([theirs / own for own, theirs in zip(row["wall"], base["wall"], strict=True)])
         verdicts = f"{row['agree']} of {len(row['verdicts'])}"

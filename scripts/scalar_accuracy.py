@@ -18,50 +18,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from torch.utils.data import TensorDataset
 
-from autolora_hf import PGD, AutoLoraConfig, AutoLoraTrainer, AutoLoraTrainingArguments, get_autolora_model
-from autolora_hf.data import as_pixel_dataset, stratified_subset
+from autolora_hf import PGD
 from autolora_hf.files import read_json, write_atomically, write_json
-from autolora_hf.quickstart import load_digits
+from autolora_hf.quickstart import QuickstartSettings, load_digits, train_on_digits
 
 
-EPS = 0.1
+EPS = QuickstartSettings.eps
 DOCS = Path(__file__).parents[1] / "docs"
 
 
 def run(how: str, seed: int, epochs: int, images: int) -> dict[str, Any]:
-    torch.manual_seed(seed)
-    digits = load_digits()
-    model = get_autolora_model("quickstart", AutoLoraConfig(mode="adapter"))
-    model.heads[0].reset_parameters()
-    data = as_pixel_dataset(digits["train"], model.preprocessing)
-    items = [data[index] for index in stratified_subset(digits["train"]["label"], images, seed)]
-    train = TensorDataset(
-        torch.stack([item["pixel_values"] for item in items]), torch.tensor([item["labels"] for item in items])
-    )
+    settings = QuickstartSettings(epochs=epochs, train_images=images, seed=seed)
     with tempfile.TemporaryDirectory() as folder:
-        args = AutoLoraTrainingArguments(
-            folder,
-            eps=EPS,
-            num_train_epochs=epochs,
-            per_device_train_batch_size=32,
-            attack_steps=5,
-            attack_step_size=EPS / 4,
-            augmentation="crop",
-            scalar_accuracy=how,
-            seed=seed,
-            use_cpu=True,
-            report_to="none",
-            disable_tqdm=True,
-        )
-        trainer = AutoLoraTrainer(model, args, train)
-        trainer.remove_callback(transformers.PrinterCallback)
         started = time.process_time()
-        trainer.train()
+        trainer = train_on_digits("autolora", settings, Path(folder), quiet=True, scalar_accuracy=how)
         seconds = time.process_time() - started
-        report = trainer.evaluate_robustness(digits["test"], PGD(args.threat_model, steps=20), progress=False)
+        attack = PGD(trainer.args.threat_model, steps=20)
+        report = trainer.evaluate_robustness(load_digits()["test"], attack, progress=False)
     log = trainer.state.log_history
     return {
         "how": how,

@@ -7,12 +7,13 @@ import math
 from ..config import ThreatModel
 
 
-# Changes of less than this a pixel are lost in the rounding of bfloat16: the attack gets weaker (docs/speed.md).
+# bfloat16 has 8 significant bits, so changes of less than this a pixel may be lost in its rounding. That is caution:
+# no loss of strength was measured below it on small digits (docs/attack_strength.md).
 LEAST_CHANGE = 2 / 255
 
 
 def bf16_keeps_strength(threat_model: ThreatModel, image_size: tuple[int, int]) -> bool:
-    """Whether an attack in bfloat16 is as strong as in float32, up to 0.5 % of the loss it reaches.
+    """Whether an attack in bfloat16 is taken to be as strong as in float32: within 0.5 % of the loss where measured.
 
     Args:
         threat_model (`ThreatModel`): For L2 the mean change of a pixel counts, when all of them change alike.

@@ -43,7 +43,7 @@ class AutoLoraTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "Let attacks search in bfloat16; what they find is judged by the model as it is. Default: with "
-            "`bf16=True`, if the threat model allows changes of 2/255 or more; below that it makes attacks weaker."
+            "`bf16=True`, if the threat model allows changes of 2/255 or more; below that it may make attacks weaker."
         },
     )
     attack_compile: bool = field(
