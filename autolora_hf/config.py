@@ -15,7 +15,7 @@ Norm = Literal["linf", "l2"]
 
 # Fields of `AutoLoraConfig` that stock PEFT does not know. They live in `autolora_config.json`, so that
 # `adapter_config.json` stays a plain LoRA configuration.
-AUTOLORA_FIELDS = ("mode", "layout", "norm", "head")
+AUTOLORA_FIELDS = ("mode", "layout", "norm", "head", "natural_route", "stop_gradient")
 
 
 class PixelRadius(float):
@@ -102,7 +102,15 @@ class AutoLoraConfig(LoraConfig):
             mode `full`, `"peft"` in mode `adapter`, whose adapter then is no larger than it must be.
         norm (`str`): What the two routes share of BatchNorm layers. `"shared"` (the paper): everything.
             `"robust_stats"`: the natural route normalises with batch statistics but leaves the running ones alone.
-            `"dual"`: one set for each route; the natural set keeps its affine parameters.
+            `"dual"`: one set for each route; the natural set keeps its affine parameters. `"split"` (AR-AT, ICLR
+            2025): one set for each route, and both train theirs. `"frozen"` (TWINS, CVPR 2023): the natural route
+            normalises with the checkpoint's running statistics, in training too, and trains affine parameters of its
+            own.
+        natural_route (`str`): What the natural route adds to the robust one. `"branch"` (the paper): a branch of its
+            own. `"plain"`: nothing but its norms. `"none"`: there is no natural route, as for objectives that train
+            the robust one alone.
+        stop_gradient (`bool`): Whether the natural route's gradient stops at the backbone, so that it trains its own
+            branch and the head only (the paper), or also reaches the weights it shares with the robust route.
         head (`str` or `list[str]`, *optional*): Name of the classification layer, or of several (distilled models).
             `None`: found by following the logits backwards.
         lora_alpha (`int`, *optional*): Scale of the branch is `lora_alpha / r`. `None`: 1 in mode `full` (the paper);
@@ -124,8 +132,16 @@ class AutoLoraConfig(LoraConfig):
     layout: Literal["released", "peft"] | None = field(
         default=None, metadata={"help": "Factorisation of the branch: 'released' (the paper's code) or 'peft'."}
     )
-    norm: Literal["shared", "robust_stats", "dual"] = field(
-        default="shared", metadata={"help": "What the two routes share of BatchNorm: shared, robust_stats or dual."}
+    norm: Literal["shared", "robust_stats", "dual", "split", "frozen"] = field(
+        default="shared",
+        metadata={"help": "What the two routes share of BatchNorm: shared, robust_stats, dual, split or frozen."},
+    )
+    natural_route: Literal["branch", "plain", "none"] = field(
+        default="branch",
+        metadata={"help": "What the natural route adds: branch, plain (only norms) or none (no route)."},
+    )
+    stop_gradient: bool = field(
+        default=True, metadata={"help": "Whether the natural route's gradient stops at the shared backbone."}
     )
     head: str | list[str] | None = field(
         default=None, metadata={"help": "Name of the classification layer(s); found by itself when left out."}
@@ -136,7 +152,8 @@ class AutoLoraConfig(LoraConfig):
         for name, allowed in (
             ("mode", ("full", "adapter")),
             ("layout", ("released", "peft", None)),
-            ("norm", ("shared", "robust_stats", "dual")),
+            ("norm", ("shared", "robust_stats", "dual", "split", "frozen")),
+            ("natural_route", ("branch", "plain", "none")),
         ):
             if getattr(self, name) not in allowed:
                 options = ", ".join(repr(option) for option in allowed if option)
@@ -147,6 +164,16 @@ class AutoLoraConfig(LoraConfig):
             self.lora_alpha = 1 if self.mode == "full" else 2 * self.r
         super().__post_init__()
         self._refuse_unsupported()
+        if self.natural_route == "none" and self.norm != "shared":
+            raise ValueError(
+                f"`norm={self.norm!r}` is about what the natural route shares with the robust one, but "
+                "`natural_route='none'` leaves it out."
+            )
+        if not self.has_branches and self.target_modules:
+            raise ValueError(
+                f"`target_modules` names layers that get a branch, but with `mode='full'` and `natural_route="
+                f"{self.natural_route!r}` there is none."
+            )
 
     def _refuse_unsupported(self) -> None:
         refused = {
@@ -179,6 +206,11 @@ class AutoLoraConfig(LoraConfig):
                 f"`lora_dropout={self.lora_dropout}` needs `layout='peft'`: the released layout is a change of the "
                 "weight, which has no input of its own to drop from."
             )
+
+    @property
+    def has_branches(self) -> bool:
+        """Whether any route runs with a branch."""
+        return self.mode == "adapter" or self.natural_route == "branch"
 
     @property
     def heads(self) -> list[str]:

@@ -28,8 +28,10 @@ def check_files(directory: Path, record: Record) -> None:
             classes than the files have.
     """
     robust = (BASE_WEIGHTS,) if record.mode == "full" else (ADAPTER_WEIGHTS, ROBUST_FACTORS)
-    robust, natural = _first(directory, *robust), _first(directory, NATURAL_ADAPTER, NATURAL_FACTORS)
+    robust, natural = _first(directory, *robust), _branches_file(directory, record)
     headers = {path: read_header(path) for path in (robust, natural)}
+    if record.natural_route == "plain" and record.config["norm"] in ("dual", "split", "frozen"):
+        read_header(inside(directory, NATURAL_FACTORS))
     shapes = {info.shape for info in headers[robust].values()}
     if not any(shape and shape[0] == record.num_classes for shape in shapes):
         raise ValueError(f"{robust} has no weights of a classifier of {record.num_classes} classes.")
@@ -55,6 +57,13 @@ def check_files(directory: Path, record: Record) -> None:
         )
 
 
+def _branches_file(directory: Path, record: Record) -> Path:
+    """The file with every branch of a saved model."""
+    if record.natural_route == "branch":
+        return _first(directory, NATURAL_ADAPTER, NATURAL_FACTORS)
+    return _first(directory, *((BASE_WEIGHTS,) if record.mode == "full" else (ADAPTER_WEIGHTS, ROBUST_FACTORS)))
+
+
 def _first(directory: Path, *names: str) -> Path:
     """The file of these that a folder has; the first one if it has none."""
     paths = [inside(directory, name) for name in names]
@@ -77,7 +86,7 @@ def check_branches(network: nn.Module, record: Record, directory: Path) -> None:
             f"{strangers[0]}."
         )
     asked = sum(_branch_values(modules[name], record.rank(name), record) for name in record.config["target_modules"])
-    natural = _first(directory, NATURAL_ADAPTER, NATURAL_FACTORS)
+    natural = _branches_file(directory, record)
     held = sum(math.prod(info.shape) for info in read_header(natural).values())
     if asked > 2 * held + 1_000_000:
         raise ValueError(

@@ -40,9 +40,9 @@ def get_autolora_model(
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> AutoLoraModel:
-    """Makes a model with a robust and a natural route.
+    """Makes a model with a robust route and, unless the configuration leaves it out, a natural one.
 
-    At the start both routes compute what the backbone computes. The model is changed in place, as `get_peft_model`
+    At the start every route computes what the backbone computes. The model is changed in place, as `get_peft_model`
     does.
 
     Args:
@@ -90,7 +90,9 @@ def get_autolora_model(
         else:
             check_heads(model, config.heads, example)
     uses = targets.watch_layers(model, example)
-    if config.target_modules in (None, "all"):
+    if not config.has_branches:
+        config.target_modules = []
+    elif config.target_modules in (None, "all"):
         stock_only = config.target_modules is None and config.mode == "adapter"
         config.target_modules = targets.resolve_targets(model, config.heads, uses, stock_only=stock_only)
     else:
@@ -126,8 +128,11 @@ def get_autolora_model(
         threat_model=threat_model,
     )
     try:
-        with torch.enable_grad(), _eval(adapted), adapted.route(NATURAL):
-            targets.check_alive(adapted, example)
+        if adapted.adapters:
+            # The natural branch sits on top of the robust one.
+            last = NATURAL if NATURAL in adapted.adapters else ROBUST
+            with torch.enable_grad(), _eval(adapted), adapted.route(last):
+                targets.check_alive(adapted, example)
         if config.init_lora_weights is not False:
             _check_start(adapted, example, expected)
     except ValueError:
@@ -141,8 +146,8 @@ def get_autolora_model(
 
 @torch.no_grad()
 def _check_start(model: AutoLoraModel, example: Tensor, expected: Tensor) -> None:
-    """Raises `ValueError` unless both routes still compute what the backbone does."""
-    for route in (NATURAL, ROBUST):
+    """Raises `ValueError` unless every route still computes what the backbone does."""
+    for route in reversed(model.routes):
         with _eval(model), model.route(route):
             found = logits_of(model(example))
         scale = expected.abs().max().clamp(min=1)

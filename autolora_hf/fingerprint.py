@@ -17,7 +17,6 @@ from torch import Tensor
 from .attacks.pgd import attack_mode
 from .pixels import Preprocessing
 from .record import Record
-from .routes import NATURAL, ROBUST
 
 
 if TYPE_CHECKING:
@@ -28,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 
 def fingerprint(model: AutoLoraModel) -> dict[str, list[list[float]]] | None:
-    """Logits of both routes for two fixed images; `None` if they are not finite."""
-    logits = {route: _fixed_logits(model, route) for route in (ROBUST, NATURAL)}
+    """Logits of every route for two fixed images; `None` if they are not finite."""
+    logits = {route: _fixed_logits(model, route) for route in model.routes}
     if not all(values.isfinite().all() for values in logits.values()):
         return None
     return {route: [[float(f"{x:.7g}") for x in row] for row in values.tolist()] for route, values in logits.items()}
@@ -38,6 +37,8 @@ def fingerprint(model: AutoLoraModel) -> dict[str, list[list[float]]] | None:
 def check_fingerprint(model: AutoLoraModel, record: Record, source: str | os.PathLike) -> None:
     """Warns if the loaded model does not compute what it computed when it was saved."""
     for route, saved in (record.fingerprint or {}).items():
+        if route not in model.routes:
+            continue
         expected, found = torch.tensor(saved, dtype=torch.float64), _fixed_logits(model, route)
         if expected.shape == found.shape:
             # Rounding is magnified a thousandfold in some networks; another forward is not that near.

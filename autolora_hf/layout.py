@@ -5,6 +5,7 @@
 | `model.safetensors`, `config.json` | `full` | the robust model, an ordinary timm or transformers checkpoint |
 | `adapter_model.safetensors`, `adapter_config.json` | `adapter` | the robust adapter: PEFT LoRA, head, norms |
 | the same two in the folder `natural` | both | the natural route as a PEFT adapter |
+| `natural.safetensors` | both | instead, where the natural route has no branch but norms of its own |
 | `autolora_config.json` | both | everything else, see [`Record`] |
 
 Each adapter is right when it is loaded alone. In mode `adapter` the natural route is the robust branch plus its own,
@@ -44,14 +45,16 @@ PEFT_PREFIX = "base_model.model."
 _SIDES = ("lora_A", "lora_B")
 
 
-def weight_files(model: AutoLoraModel) -> tuple[str, str]:
-    """Names of the files with the robust and with the natural weights of this model."""
+def weight_files(model: AutoLoraModel) -> tuple[str, str | None]:
+    """Names of the files with the robust and with the natural weights of this model; `None`: it has none of these."""
     stock = loads_with_stock_peft(model)
     if model.autolora_config.mode == "full":
         robust = BASE_WEIGHTS
     else:
         robust = ADAPTER_WEIGHTS if stock else ROBUST_FACTORS
-    return robust, NATURAL_ADAPTER if stock else NATURAL_FACTORS
+    if model.autolora_config.natural_route == "branch":
+        return robust, NATURAL_ADAPTER if stock else NATURAL_FACTORS
+    return robust, NATURAL_FACTORS if natural_tensors(model) else None
 
 
 def loads_with_stock_peft(model: AutoLoraModel) -> bool:
@@ -115,10 +118,11 @@ def deployed_tensors(model: AutoLoraModel) -> dict[str, Tensor]:
 
 
 def natural_tensors(model: AutoLoraModel) -> dict[str, Tensor]:
-    """Factors of the natural branch and, with `norm="dual"`, the natural set of norms."""
+    """Factors of the natural branch, if there is one, and the natural route's own set of norms."""
     norms = _natural_norms(model)
     own = {f"{name}.{key}": tensor for name, module in norms.items() for key, tensor in module.state_dict().items()}
-    return {**_factors(model, NATURAL), **own}
+    branch = _factors(model, NATURAL) if model.autolora_config.natural_route == "branch" else {}
+    return {**branch, **own}
 
 
 def _natural_norms(model: AutoLoraModel) -> dict[str, nn.Module]:
@@ -233,7 +237,7 @@ def _rank_fields(model: AutoLoraModel, tensors: dict[str, Tensor]) -> dict[str, 
     layers = model.lora_layers()
     ranks = {name: tensors[_keys(name)[0]].shape[0] for name in layers}
     default = Counter(ranks.values()).most_common(1)[0][0]
-    alphas = {name: layer.scaling[NATURAL] * ranks[name] for name, layer in layers.items()}
+    alphas = {name: next(iter(layer.scaling.values())) * ranks[name] for name, layer in layers.items()}
     alpha = next(alphas[name] for name in layers if ranks[name] == default)
     return {
         "r": default,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import CommitInfo
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ from . import backbones, checkpointing, saving, targets
 from .attacks.pgd import forget_cached, logits_of
 from .checks import text
 from .config import AutoLoraConfig, ThreatModel
-from .layers import WeightLora, factor
+from .layers import WeightLora, factor, fix_statistics
 from .pixels import Normalize, Preprocessing
 from .routes import NATURAL, ROBUST, Route, RouteSwitch
 
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 
 
 class AutoLoraModel(PeftModel):
-    """A vision classifier with a deployed robust route and a natural route for training (AutoLoRa,
-    Xu et al., ICLR 2024).
+    """A vision classifier with a deployed robust route and, unless it is left out, a natural route for training
+    (AutoLoRa, Xu et al., ICLR 2024).
 
     `model(pixel_values)` runs the deployed route on *normalised* images, as the base model would;
     [`~AutoLoraModel.pixel_space`] is the same function of pixels in [0, 1]. Make one with [`get_autolora_model`].
@@ -64,7 +65,9 @@ class AutoLoraModel(PeftModel):
         self._check_dropout(config, stock_layers)
 
         def branch(**changes: Any) -> LoraConfig:
-            lora = config.lora_config(target_modules=targets.exactly(config.target_modules), **changes)
+            # PEFT's own word for an adapter that sits on no layer at all.
+            names = targets.exactly(config.target_modules) or DUMMY_TARGET_MODULES
+            lora = config.lora_config(target_modules=names, **changes)
             lora._register_custom_module({nn.Module: partial(_branch_layer, config.layout, stock_layers)})
             return lora
 
@@ -72,7 +75,8 @@ class AutoLoraModel(PeftModel):
             super().__init__(model, branch(), adapter_name=NATURAL)
         else:
             super().__init__(model, branch(), adapter_name=ROBUST)
-            self.add_adapter(NATURAL, branch())
+            if config.natural_route == "branch":
+                self.add_adapter(NATURAL, branch())
             # As PEFT does for `modules_to_save`, which however matches the ends of names and can catch other layers.
             for name in [*config.heads, *norms, *(config.modules_to_save or [])]:
                 wrapper = ModulesToSaveWrapper(model.get_submodule(name), ROBUST)
@@ -88,6 +92,8 @@ class AutoLoraModel(PeftModel):
         self.results: list[dict[str, Any]] = []
         self.num_classes = backbones.num_classes_of(model)
         self.natural_norms = nn.ModuleDict()
+        self._heads_only = False
+        self._held_back: list[nn.Parameter] = []
         self._restore_trainable(trainable)
         # New modules start in train mode, whatever mode the model is in.
         for layer in self.lora_layers().values():
@@ -125,20 +131,27 @@ class AutoLoraModel(PeftModel):
         else:
             for module in self._saved_modules().values():
                 parts += module.parameters()
-        for layer in self.lora_layers().values():
-            for adapter in self.peft_config:
-                parts += [factor(layer, side, adapter) for side in ("lora_A", "lora_B")]
+        for adapter in self.adapters:
+            parts += self._branch_parameters(adapter)
         for parameter in parts:
             parameter.requires_grad_(True)
 
     def _build_routes(self, norms: list[str]) -> RouteSwitch:
-        layers = self.lora_layers()
-        full = self.autolora_config.mode == "full"
-        head = {parameter for module in self.heads for parameter in module.parameters()}
-        branch = {factor(layer, side, NATURAL) for layer in layers.values() for side in ("lora_A", "lora_B")}
-        blocked = [p for p in self.parameters() if p.requires_grad and p not in head and p not in branch]
-        natural = Route(adapters=(NATURAL,) if full else (ROBUST, NATURAL), blocked=blocked)
-        robust = Route(adapters=() if full else (ROBUST,))
+        config, layers = self.autolora_config, list(self.lora_layers().values())
+        routes = {ROBUST: Route(adapters=() if config.mode == "full" else (ROBUST,))}
+        if config.natural_route != "none":
+            routes[NATURAL] = self._natural_route(routes[ROBUST], norms)
+        return RouteSwitch(layers, routes)
+
+    def _natural_route(self, robust: Route, norms: list[str]) -> Route:
+        config = self.autolora_config
+        has_branch = config.natural_route == "branch"
+        natural = Route(adapters=(*robust.adapters, NATURAL) if has_branch else robust.adapters)
+        if config.stop_gradient:
+            own = {parameter for module in self.heads for parameter in module.parameters()}
+            if has_branch:
+                own.update(self._branch_parameters(NATURAL))
+            natural.blocked += [p for p in self.parameters() if p.requires_grad and p not in own]
 
         base = self.get_base_model()
         for name in norms:
@@ -146,14 +159,18 @@ class AutoLoraModel(PeftModel):
             parent = base.get_submodule(parent_name)
             original = parent._modules[child]
             inner = original.modules_to_save[ROBUST] if isinstance(original, ModulesToSaveWrapper) else original
-            if self.autolora_config.norm == "robust_stats":
+            if config.norm == "robust_stats":
                 natural.untracked.append(inner)
-            elif self.autolora_config.norm == "dual":
-                # The natural set's affine parameters never train (as in the released dual BatchNorm).
-                replacement = copy.deepcopy(inner).requires_grad_(False)
+            elif config.norm != "shared":
+                replacement = copy.deepcopy(inner)
+                if config.norm == "dual":
+                    # The natural set's affine parameters never train (as in the released dual BatchNorm).
+                    replacement.requires_grad_(False)
+                elif config.norm == "frozen":
+                    fix_statistics(replacement)
                 self.natural_norms[name.replace(".", "/")] = replacement
                 natural.swapped.append((parent, child, original, replacement))
-        return RouteSwitch(list(layers.values()), {ROBUST: robust, NATURAL: natural})
+        return natural
 
     @property
     def label_names(self) -> list[str] | None:
@@ -174,6 +191,21 @@ class AutoLoraModel(PeftModel):
             name: module for name, module in self.get_base_model().named_modules() if isinstance(module, LoraLayer)
         }
 
+    def _branch_parameters(self, adapter: str) -> list[nn.Parameter]:
+        """The parameters of one branch, in every layer."""
+        layers = self.lora_layers().values()
+        return [factor(layer, side, adapter) for layer in layers for side in ("lora_A", "lora_B")]
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the branches that each of these layers carries."""
+        return tuple(self.peft_config) if self.autolora_config.has_branches else ()
+
+    @property
+    def routes(self) -> tuple[str, ...]:
+        """Names of the routes, the deployed one first."""
+        return self._switch.names
+
     def _saved_modules(self) -> dict[str, nn.Module]:
         """Mode `adapter`: head and BatchNorm layers that the robust adapter carries, by their name in the base."""
         return {
@@ -187,6 +219,43 @@ class AutoLoraModel(PeftModel):
         """The classification layers, mostly one, that both routes share and train."""
         modules = [self.get_base_model().get_submodule(name) for name in self.autolora_config.heads]
         return [m.modules_to_save[ROBUST] if isinstance(m, ModulesToSaveWrapper) else m for m in modules]
+
+    # ---- training ----
+
+    def limit_training(self, routes: Sequence[str] | None = None, *, heads_only: bool = False) -> None:
+        """Lets only what is needed train; called again, it starts from what trained at first.
+
+        Args:
+            routes (`Sequence[str]`, *optional*): Parameters that none of these routes uses stay as they are. `None`:
+                all routes.
+            heads_only (`bool`): Only the classification layers train, and all else is in eval mode in training too:
+                running statistics stay, nothing is dropped out.
+        """
+        for parameter in self._held_back:
+            parameter.requires_grad_(True)
+        unused: set[nn.Parameter] = set()
+        if routes is not None and NATURAL in self.routes and NATURAL not in routes:
+            unused.update(self.natural_norms.parameters())
+            if NATURAL in self.adapters:
+                unused.update(self._branch_parameters(NATURAL))
+        if heads_only:
+            heads = {parameter for head in self.heads for parameter in head.parameters()}
+            unused.update(parameter for parameter in self.parameters() if parameter not in heads)
+        self._held_back = [
+            parameter for parameter in self.parameters() if parameter.requires_grad and parameter in unused
+        ]
+        for parameter in self._held_back:
+            parameter.requires_grad_(False)
+        self._heads_only = heads_only
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> AutoLoraModel:
+        super().train(mode and not self._heads_only)
+        self.training = mode
+        if self._heads_only:
+            for head in self.heads:
+                head.train(mode)
+        return self
 
     # ---- forward ----
 

@@ -81,6 +81,10 @@ class Record:
     def mode(self) -> str:
         return self.config["mode"]
 
+    @property
+    def natural_route(self) -> str:
+        return self.config.get("natural_route", "branch")
+
     def rank(self, layer: str) -> int:
         """Rank of the branches of one layer."""
         return self.config["rank_pattern"].get(layer, self.config["r"])
@@ -91,7 +95,7 @@ class Record:
             name: {f"^{re.escape(layer)}": value for layer, value in self.config[name].items()}
             for name in ("rank_pattern", "alpha_pattern")
         }
-        names = "|".join(map(re.escape, self.config["target_modules"]))
+        names = "|".join(map(re.escape, self.config["target_modules"])) or None
         return AutoLoraConfig(**{**self.config, **patterns, "target_modules": names})
 
     def to_dict(self) -> dict[str, Any]:
@@ -139,6 +143,11 @@ class Record:
             strangers = sorted(record.config[name].keys() - targets)
             if strangers:
                 raise ValueError(f"config.{name} names {strangers[0]!r}, which is none of config.target_modules.")
+        if bool(targets) != (record.mode == "adapter" or record.natural_route == "branch"):
+            raise ValueError(
+                f"config.target_modules names {len(targets)} layers for mode {record.mode!r} and natural_route "
+                f"{record.natural_route!r}."
+            )
         try:
             record.autolora_config()
         except (TypeError, ValueError) as error:
@@ -187,7 +196,7 @@ _RECORD = json_object(
             {
                 "mode": one_of("full", "adapter"),
                 "layout": one_of("released", "peft"),
-                "norm": one_of("shared", "robust_stats", "dual"),
+                "norm": one_of("shared", "robust_stats", "dual", "split", "frozen"),
                 "head": either(_LAYERS, layer_name),
                 "r": integer(1, _MOST_RANK),
                 "lora_alpha": number(-1e6, 1e6),
@@ -196,9 +205,11 @@ _RECORD = json_object(
                 "rank_pattern": mapping(layer_name, integer(1, _MOST_RANK), _MOST_LAYERS),
                 "alpha_pattern": mapping(layer_name, number(-1e6, 1e6), _MOST_LAYERS),
                 "init_lora_weights": one_of(True, False, "gaussian"),
-                "target_modules": _LAYERS,
+                "target_modules": list_of(layer_name, _MOST_LAYERS),
                 "modules_to_save": optional(list_of(layer_name, _MOST_LAYERS)),
-            }
+            },
+            # Files of earlier releases do not have them.
+            {"natural_route": one_of("branch", "plain", "none"), "stop_gradient": boolean},
         ),
         "backbone": json_object(
             {

@@ -1,4 +1,4 @@
-"""The two routes through one network.
+"""The routes through one network: the deployed robust one and, mostly, a natural one.
 
 A route says which adapters are on, which BatchNorm set is used and which parameters may receive gradient (AutoLoRa, Xu
 et al., ICLR 2024). Switching sets flags only: PEFT's own `set_adapter` and `disable_adapter` also rewrite
@@ -83,6 +83,11 @@ class RouteSwitch:
             for parameter in outer_held:
                 parameter.requires_grad_(False)
             self.current, self._held = outer, outer_held
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The routes of the model, the deployed one first."""
+        return tuple(self.routes)
 
     def rest_in(self, name: str) -> None:
         """Makes `name` the deployed route, so that a plain forward runs it."""

@@ -55,7 +55,7 @@ from .layout import (
     weight_files,
 )
 from .record import RECORD, Record
-from .routes import NATURAL, ROBUST
+from .routes import ROBUST
 from .untrusted import bounded_size
 
 
@@ -100,7 +100,7 @@ def save(model: AutoLoraModel, directory: str | os.PathLike) -> None:
     with model.route(ROBUST), staged(directory, last=RECORD) as folder:
         if natural_file == NATURAL_ADAPTER:
             _save_adapter(model, *natural_adapter(model), (folder / natural_file).parent)
-        else:
+        elif natural_file is not None:
             save_tensors(natural_tensors(model), folder / natural_file)
         if robust_file == BASE_WEIGHTS:
             _save_base(model, base_tensors(model), folder)
@@ -114,8 +114,9 @@ def save(model: AutoLoraModel, directory: str | os.PathLike) -> None:
         # A loader would take them for the model.
         if name not in written:
             (directory / name).unlink(missing_ok=True)
-    if natural_file not in written and (directory / NATURAL_ADAPTER).parent.is_dir():
-        (directory / NATURAL_ADAPTER).parent.rmdir()
+    natural_folder = (directory / NATURAL_ADAPTER).parent
+    if NATURAL_ADAPTER in earlier and NATURAL_ADAPTER not in written and natural_folder.is_dir():
+        natural_folder.rmdir()
 
 
 def save_plain(model: AutoLoraModel, directory: str | os.PathLike) -> None:
@@ -186,11 +187,13 @@ def make_record(model: AutoLoraModel) -> Record:
     values = {name: getattr(config, name) for name in (*AUTOLORA_FIELDS, *LORA_FIELDS)}
     values["target_modules"] = sorted(layers)
     values["modules_to_save"] = list(config.modules_to_save or []) or None
-    values["rank_pattern"] = {name: layer.r[NATURAL] for name, layer in layers.items() if layer.r[NATURAL] != config.r}
+    # Every branch of a layer has the same rank.
+    adapter = next(iter(model.peft_config))
+    values["rank_pattern"] = {name: layer.r[adapter] for name, layer in layers.items() if layer.r[adapter] != config.r}
     values["alpha_pattern"] = {
-        name: layer.lora_alpha[NATURAL]
+        name: layer.lora_alpha[adapter]
         for name, layer in layers.items()
-        if layer.lora_alpha[NATURAL] != config.lora_alpha
+        if layer.lora_alpha[adapter] != config.lora_alpha
     }
     return Record(
         config=values,
@@ -270,7 +273,7 @@ def load_weights(model: AutoLoraModel, directory: str | os.PathLike) -> None:
 
 def _load_weights(model: AutoLoraModel, directory: Path) -> None:
     robust_file, natural_file = weight_files(model)
-    robust_path, natural_path = inside(directory, robust_file), inside(directory, natural_file)
+    robust_path, natural_path = inside(directory, robust_file), inside(directory, natural_file or NATURAL_FACTORS)
     if robust_file == BASE_WEIGHTS:
         robust = _load_base(model, robust_path)
     elif robust_file == ADAPTER_WEIGHTS:
@@ -281,7 +284,7 @@ def _load_weights(model: AutoLoraModel, directory: Path) -> None:
     if natural_file == NATURAL_ADAPTER:
         natural = natural_factors(model, load_tensors(natural_path, natural_adapter(model)[0]), robust)
     else:
-        natural = load_tensors(natural_path, natural_tensors(model))
+        natural = {} if natural_file is None else load_tensors(natural_path, natural_tensors(model))
     with torch.no_grad():
         for live, loaded in ((deployed_tensors(model), robust), (natural_tensors(model), natural)):
             for name, tensor in live.items():
