@@ -46,6 +46,8 @@ class AutoLoraModel(PeftModel):
         backbone (`dict`): Where the backbone came from and how to build it.
         training_plan (`dict`, *optional*): How it was trained, see `AutoLoraTrainer.plan`.
         results (`list[dict]`): What was measured of the deployed route, see [`add_result`].
+        auxiliary (`nn.ModuleDict`): Modules of an objective that train along. No route runs them, and they are neither
+            saved with the model nor deployed; checkpoints of a training hold them.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class AutoLoraModel(PeftModel):
         self.results: list[dict[str, Any]] = []
         self.num_classes = backbones.num_classes_of(model)
         self.natural_norms = nn.ModuleDict()
+        self.auxiliary = nn.ModuleDict()
         self._heads_only = False
         self._held_back: list[nn.Parameter] = []
         self._restore_trainable(trainable)
@@ -234,10 +237,8 @@ class AutoLoraModel(PeftModel):
         for parameter in self._held_back:
             parameter.requires_grad_(True)
         unused: set[nn.Parameter] = set()
-        if routes is not None and NATURAL in self.routes and NATURAL not in routes:
-            unused.update(self.natural_norms.parameters())
-            if NATURAL in self.adapters:
-                unused.update(self._branch_parameters(NATURAL))
+        if routes is not None and NATURAL not in routes:
+            unused.update(self._natural_parameters())
         if heads_only:
             heads = {parameter for head in self.heads for parameter in head.parameters()}
             unused.update(parameter for parameter in self.parameters() if parameter not in heads)
@@ -248,6 +249,16 @@ class AutoLoraModel(PeftModel):
             parameter.requires_grad_(False)
         self._heads_only = heads_only
         self.train(self.training)
+
+    def _natural_parameters(self) -> list[nn.Parameter]:
+        """What the natural route alone uses: its branch and its norms."""
+        branch = self._branch_parameters(NATURAL) if NATURAL in self.adapters else []
+        return [*self.natural_norms.parameters(), *branch]
+
+    def robust_parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters of the deployed route."""
+        others = {*self._natural_parameters(), *self.auxiliary.parameters()}
+        return [parameter for parameter in self.parameters() if parameter.requires_grad and parameter not in others]
 
     def train(self, mode: bool = True) -> AutoLoraModel:
         super().train(mode and not self._heads_only)

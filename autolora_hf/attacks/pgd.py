@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,11 @@ from ..config import ThreatModel
 from ..pixels import check_pixels
 
 
-AttackLoss = Literal["ce", "kl", "targeted"]
+AttackLoss = Literal["ce", "kl", "targeted", "l2", "cosine"]
+# They move away from where the output is without an attack: there their gradient is zero.
+_FROM_CLEAN = ("kl", "l2", "cosine")
+# Losses of outputs that are no logits of labels.
+_WITHOUT_LABELS = ("l2", "cosine")
 
 
 @contextmanager
@@ -70,7 +74,8 @@ class PGD:
             paper's 2/255 at 8/255.
         loss (`str`): `"ce"` maximises the cross-entropy of the labels; `"kl"` maximises KL(model(x) || model(x~)),
             the inner problem of TRADES (labels are ignored while searching); `"targeted"` takes the labels as classes
-            to be reached and minimises their cross-entropy.
+            to be reached and minimises their cross-entropy. Without labels: `"l2"` maximises the squared distance of
+            the output, N x D, from a reference (FARE), `"cosine"` one minus their cosine (Sim-CLIP).
         random_start (`bool`): Start from a uniformly drawn point of the ball.
         restarts (`int`): Independent runs; for every image the run that fools the model, else the one with the
             largest loss, is returned. More than one needs `random_start`.
@@ -90,14 +95,14 @@ class PGD:
             raise TypeError(f"`threat_model` must be a ThreatModel, got {type(self.threat_model).__name__}.")
         if not isinstance(self.steps, int) or self.steps < 1:
             raise ValueError(f"`steps` must be an integer of at least 1, got {self.steps!r}.")
-        if self.loss not in ("ce", "kl", "targeted"):
-            raise ValueError(f"`loss` must be 'ce', 'kl' or 'targeted', got {self.loss!r}.")
+        if self.loss not in get_args(AttackLoss):
+            raise ValueError(f"`loss` must be one of {', '.join(get_args(AttackLoss))}, got {self.loss!r}.")
         if not isinstance(self.restarts, int) or self.restarts < 1:
             raise ValueError(f"`restarts` must be an integer of at least 1, got {self.restarts!r}.")
         if self.restarts > 1 and not self.random_start:
             raise ValueError("`restarts` > 1 without `random_start` would repeat the same run.")
-        if self.loss == "kl" and not self.random_start:
-            raise ValueError("`loss='kl'` needs `random_start`: at the clean image its gradient is exactly zero.")
+        if self.loss in _FROM_CLEAN and not self.random_start:
+            raise ValueError(f"`loss={self.loss!r}` needs `random_start`: its gradient is zero at the clean image.")
         if self.step_size is None:
             self.step_size = self.threat_model.eps / 4
         if not self.step_size > 0:
@@ -122,6 +127,7 @@ class PGD:
         *,
         start: Tensor | None = None,
         generator: torch.Generator | None = None,
+        reference: Tensor | None = None,
     ) -> Tensor:
         """Returns adversarial images of the same shape, dtype and device.
 
@@ -133,11 +139,13 @@ class PGD:
             start (`Tensor`, *optional*): First iterate, used as it is instead of a random one.
             generator (`torch.Generator`, *optional*): Source of the random starts. Without one every call draws from
                 a fresh generator seeded with `seed`, so equal calls give equal images.
+            reference (`Tensor`, *optional*): N x D, what `"l2"` and `"cosine"` move the output away from. `None`: the
+                output for the images as they are.
         """
         check_pixels(pixels)
         if start is not None and self.restarts > 1:
             raise ValueError("`start` fixes the first iterate, so it cannot be combined with `restarts` > 1.")
-        return self.search(model, pixels, labels, start=start, generator=generator)
+        return self.search(model, pixels, labels, start=start, generator=generator, reference=reference)
 
     def search(
         self,
@@ -147,6 +155,7 @@ class PGD:
         *,
         start: Tensor | None = None,
         generator: torch.Generator | None = None,
+        reference: Tensor | None = None,
     ) -> Tensor:
         """The attack itself, on pixels that are known to be right: it never makes the host wait for the device.
 
@@ -156,10 +165,10 @@ class PGD:
             generator = torch.Generator(device=pixels.device).manual_seed(self.seed)
         pixels = pixels.detach()
         with attack_mode(model), torch.enable_grad():
-            reference = None
-            if self.loss == "kl":
+            if self.loss == "kl" or (self.loss in _FROM_CLEAN and reference is None):
                 with torch.no_grad():
-                    reference = F.softmax(logits_of(model(pixels)), dim=-1)
+                    reference = logits_of(model(pixels))
+                reference = F.softmax(reference, dim=-1) if self.loss == "kl" else reference
             best = self._run(model, pixels, labels, reference, start, generator)
             if self.restarts > 1:
                 best_fooled, best_loss = self._outcome(model, best, labels, reference)
@@ -199,6 +208,10 @@ class PGD:
     def _losses(self, logits: Tensor, labels: Tensor, reference: Tensor | None) -> Tensor:
         if self.loss == "kl":
             return F.kl_div(F.log_softmax(logits, dim=-1), reference, reduction="none").sum(-1)
+        if self.loss == "l2":
+            return (logits - reference).square().sum(-1)
+        if self.loss == "cosine":
+            return 1 - F.cosine_similarity(logits, reference, dim=-1)
         losses = F.cross_entropy(logits, labels, reduction="none")
         return -losses if self.loss == "targeted" else losses
 
@@ -207,6 +220,10 @@ class PGD:
         self, model: nn.Module, candidate: Tensor, labels: Tensor, reference: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         logits = logits_of(model(candidate))
+        if self.loss in _WITHOUT_LABELS:
+            return torch.zeros(len(logits), dtype=torch.bool, device=logits.device), self._losses(
+                logits, labels, reference
+            )
         hit = logits.argmax(-1) == labels
         return hit if self.loss == "targeted" else ~hit, self._losses(logits, labels, reference)
 

@@ -2,36 +2,46 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 
 from ..routes import NATURAL, ROBUST
 from ..schedules import LossScalars
-from .base import Batch, ObjectiveOutput, RouteForward
+from .base import Batch, Objective, ObjectiveOutput, RouteForward
+from .terms import accuracy
 
 
-class AutoLora:
+@dataclass
+class AutoLora(Objective):
     """`l1 CE(natural(x), y) + (1 - l1) CE(robust(x~), y) + l2 KL(natural(x) || robust(x~))`.
 
     The KL term is summed over classes and averaged over the batch; its target is not detached, so it also trains the
     natural branch and the head. The natural pass comes first: with a shared BatchNorm the order decides what the
     running statistics see last.
+
+    Args:
+        detach_target (`bool`): Keep the gradient of the KL term from its target.
     """
 
-    needs_adversarial: ClassVar[bool] = True
+    detach_target: bool = field(default=False, metadata={"help": "Stop the KL term's gradient at its target."})
+
+    routes: ClassVar[tuple[str, ...]] = (ROBUST, NATURAL)
+    config: ClassVar[dict[str, Any]] = {}
     uses_scalars: ClassVar[bool] = True
-    selection_metric: ClassVar[str] = "robust_accuracy"
+    schedule: ClassVar[str] = "plateau"
 
     def __call__(self, forward: RouteForward, batch: Batch, scalars: LossScalars) -> ObjectiveOutput:
         natural = forward(NATURAL, batch.pixels)
         robust = forward(ROBUST, batch.adversarial)
         natural_ce = F.cross_entropy(natural, batch.labels)
         robust_ce = F.cross_entropy(robust, batch.labels)
-        kl = F.kl_div(F.log_softmax(robust, -1), F.log_softmax(natural, -1), reduction="batchmean", log_target=True)
+        target = natural.detach() if self.detach_target else natural
+        kl = F.kl_div(F.log_softmax(robust, -1), F.log_softmax(target, -1), reduction="batchmean", log_target=True)
         lambda1, lambda2 = scalars
         loss = lambda1 * natural_ce + (1 - lambda1) * robust_ce + lambda2 * kl
         terms = {"natural_loss": natural_ce.detach(), "robust_loss": robust_ce.detach(), "kl": kl.detach()}
-        terms["train_natural_accuracy"] = (natural.argmax(-1) == batch.labels).to(loss).mean()
-        terms["train_robust_accuracy"] = (robust.argmax(-1) == batch.labels).to(loss).mean()
+        terms["train_natural_accuracy"] = accuracy(natural, batch.labels)
+        terms["train_robust_accuracy"] = accuracy(robust, batch.labels)
         return ObjectiveOutput(loss, terms)

@@ -2,29 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import listed
+from ..routes import ROBUST
 from ..schedules import LossScalars
 
 
-# `forward(route, pixels) -> logits`: runs a route, with that route's gradient mask, on pixels in [0, 1].
-RouteForward = Callable[[str, Tensor], Tensor]
+if TYPE_CHECKING:
+    from ..modeling import AutoLoraModel
+
+
+class RouteForward(Protocol):
+    """Runs a route, with that route's gradient mask, on pixels in [0, 1]."""
+
+    def __call__(self, route: str, pixels: Tensor) -> Tensor:
+        """Logits, N x K."""
+
+    def with_features(self, route: str, pixels: Tensor, layers: Sequence[str] = ()) -> tuple[Tensor, list[Tensor]]:
+        """Logits and, in the same pass, the pooled outputs of `layers`, each N x D; see [`pooled`].
+
+        Without layers: what the classification layer gets.
+        """
 
 
 @dataclass(frozen=True)
 class Batch:
     """Clean images, their adversarial versions (`None` if the objective asks for none) and labels.
 
-    Shapes: N x 3 x H x W in [0, 1], the same, and N.
+    Shapes: N x 3 x H x W in [0, 1], the same, and N. `reference` is what [`Objective.reference`] gave for the images.
     """
 
     pixels: Tensor
     adversarial: Tensor | None
     labels: Tensor
+    reference: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -35,17 +52,72 @@ class ObjectiveOutput:
     terms: dict[str, Tensor]
 
 
-class Objective(Protocol):
-    """A training objective.
+class Objective:
+    """A training objective. Subclasses are dataclasses: their fields are options of `objective_kwargs`.
+
+    All that the trainer knows of a method stands here; it never asks which one it is.
 
     Attributes:
+        routes (`tuple[str, ...]`): Routes that the loss runs. Parameters that none of them uses do not train.
+        config (`dict`): The fields of `AutoLoraConfig` that the method is about, for [`config_for`].
+        heads_only (`bool`): Only the classification layers train, and all else is in eval mode.
         needs_adversarial (`bool`): Whether the trainer runs the attack.
         uses_scalars (`bool`): Whether the trainer measures the natural route's training accuracy for the loss scalars.
+        classifies (`bool`): Whether the outputs are logits of the labels. If not, validation measures the objective's
+            own [`losses`] instead of accuracies.
         selection_metric (`str`): Validation metric that the schedule and the choice of the best weights go by.
+        attack_loss (`str`): What the attack maximises, see [`PGD`].
+        schedule (`str`): Learning-rate schedule where `schedule` is left open.
+        milestones (`tuple[float, ...]`): Shares of the run after which `"milestones"` divides the learning rate by 10.
+        learning_rate (`float`, *optional*): Learning rate in mode `full` where it is left open and the method has a
+            published one for fine-tuning; else the package's own.
     """
 
-    needs_adversarial: ClassVar[bool]
-    uses_scalars: ClassVar[bool]
-    selection_metric: ClassVar[str]
+    routes: ClassVar[tuple[str, ...]] = (ROBUST,)
+    config: ClassVar[dict[str, Any]] = {"natural_route": "none"}
+    heads_only: ClassVar[bool] = False
+    needs_adversarial: ClassVar[bool] = True
+    uses_scalars: bool = False
+    classifies: ClassVar[bool] = True
+    selection_metric: ClassVar[str] = "robust_accuracy"
+    attack_loss: str = "ce"
+    schedule: ClassVar[str] = "milestones"
+    milestones: ClassVar[tuple[float, ...]] = (1 / 2, 5 / 6)
+    learning_rate: ClassVar[float | None] = None
 
-    def __call__(self, forward: RouteForward, batch: Batch, scalars: LossScalars) -> ObjectiveOutput: ...
+    def prepare(self, model: AutoLoraModel, seed: int) -> None:
+        """Called once, before the optimizer is made: checks that the model fits, makes what trains along with it.
+
+        Args:
+            model (`AutoLoraModel`): Modules that train along go into `model.auxiliary`.
+            seed (`int`): Of what is drawn at random.
+
+        Raises:
+            ValueError: If the model lacks a route or has the wrong norms.
+        """
+        missing = [route for route in self.routes if route not in model.routes]
+        if missing:
+            raise ValueError(
+                f"{type(self).__name__} runs the {listed(list(self.routes))} routes, but this model has no "
+                f"{listed(missing)} one (`natural_route={model.autolora_config.natural_route!r}`). Give the trainer "
+                "the backbone itself, or make the model with "
+                f"`AutoLoraConfig({', '.join(f'{name}={value!r}' for name, value in self.config.items())})`."
+            )
+
+    def reference(self, pixels: Tensor) -> Tensor | None:
+        """What the attack moves away from and the loss draws near to, N x D; `None` if there is no such thing."""
+        return None
+
+    def losses(self, outputs: Tensor, labels: Tensor, reference: Tensor | None) -> Tensor:
+        """Validation loss of every image, N, of the deployed route's outputs for adversarial images."""
+        return F.cross_entropy(outputs, labels, reduction="none")
+
+    def __call__(self, forward: RouteForward, batch: Batch, scalars: LossScalars) -> ObjectiveOutput:
+        raise NotImplementedError
+
+
+def pooled(output: Tensor) -> Tensor:
+    """One vector an image, N x D: the mean over places of a feature map N x D x H x W or of tokens N x T x D."""
+    if output.ndim == 4:
+        return output.mean(dim=(2, 3))
+    return output.mean(dim=1) if output.ndim == 3 else output

@@ -76,18 +76,19 @@ class PlateauHalving:
         if not self.checkpoints or self.checkpoints[0] != 0 or sorted(set(self.checkpoints)) != self.checkpoints:
             raise ValueError(f"`checkpoints` must rise from 0, got {self.checkpoints}.")
 
-    def update(self, robust_accuracy: float) -> int:
+    def update(self, robust_accuracy: float, hold: bool = False) -> int:
         """Takes RA of the epoch just finished; returns the condition (1 or 2) to halve by, or 0 to go on.
 
         Args:
             robust_accuracy (`float`): Robust accuracy on the validation set. NaN counts as no improvement.
+            hold (`bool`): Only remember it, as if this epoch were no checkpoint.
         """
         self.history.append(-math.inf if math.isnan(robust_accuracy) else robust_accuracy)
         epoch = len(self.history) - 1
         if epoch not in self.checkpoints:
             return 0
         best, condition = max(self.history), 0
-        if epoch > 0 and best > self.chance:
+        if epoch > 0 and not hold and best > self.chance:
             start = self.checkpoints[self.checkpoints.index(epoch) - 1]
             pairs = zip(self.history[start:epoch], self.history[start + 1 : epoch + 1], strict=True)
             improved = sum(later > earlier for earlier, later in pairs)

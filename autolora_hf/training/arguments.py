@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,12 @@ from transformers.training_args import OptimizerNames
 from .. import checkpointing
 from ..attacks import PGD
 from ..config import PixelRadius, ThreatModel
-from ..objectives import OBJECTIVES
+from ..initializers import INITIALIZERS, Initializer
+from ..objectives import OBJECTIVES, Objective
+from ..options import with_options
+from ..postprocessing import FINISHERS, Finisher
+from ..schedules import SCHEDULES, EpsilonSchedule, milestones
+from .averaging import AVERAGES
 
 
 @dataclass
@@ -27,7 +33,55 @@ class AutoLoraTrainingArguments(TrainingArguments):
 
     objective: str = field(
         default="autolora",
-        metadata={"help": "Training objective: 'autolora', or 'natural' for plain fine-tuning on clean images."},
+        metadata={"help": f"Training objective: {', '.join(OBJECTIVES)}; see docs/methods.md."},
+    )
+    objective_kwargs: dict | str | None = field(
+        default=None,
+        metadata={"help": "Options of the objective, in JSON on the command line: '{\"beta\": 6}' for trades."},
+    )
+    init: str = field(
+        default="none",
+        metadata={"help": f"What happens once before training: {', '.join(INITIALIZERS)}; see docs/methods.md."},
+    )
+    init_kwargs: dict | str | None = field(
+        default=None,
+        metadata={"help": "Options of --init, in JSON on the command line: '{\"epochs\": 5}' for a linear probe."},
+    )
+    schedule: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Learning rate: {', '.join(SCHEDULES)}. Default: the objective's own, which is 'plateau' "
+            "(AutoLoRa's automatic rule) for autolora and 'milestones' for most others."
+        },
+    )
+    milestones: list[float] | None = field(
+        default=None,
+        metadata={"help": "Shares of the run after which 'milestones' divides by 10. Default: the objective's own."},
+    )
+    eps_schedule: str = field(
+        default="constant",
+        metadata={
+            "help": "Radius of the training attack: 'constant', 'two-hinge' or 'auto' (from none to eps; for backbones "
+            "that were never robustly pre-trained). Validation always has eps."
+        },
+    )
+    eps_hinges: list[float] | None = field(
+        default=None, metadata={"help": "Shares of the run between which 'two-hinge' rises. Default: 0.24 0.74."}
+    )
+    average_weights: str = field(
+        default="none",
+        metadata={
+            "help": "Weights that are validated, selected and saved: 'none': those of the optimizer; 'ema': their "
+            "moving average; 'swa': their mean over the last quarter of the run."
+        },
+    )
+    ema_decay: float = field(default=0.999, metadata={"help": "Decay a step of the moving average of 'ema'."})
+    finish: str = field(
+        default="none",
+        metadata={"help": "What happens once after training: 'none', or 'rift' (natural accuracy for free; RiFT)."},
+    )
+    finish_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Options of --finish, in JSON on the command line."}
     )
     threat_norm: str = field(default="linf", metadata={"help": "Norm of the threat model: 'linf' or 'l2'."})
     eps: PixelRadius = field(
@@ -67,6 +121,14 @@ class AutoLoraTrainingArguments(TrainingArguments):
             "help": "Training accuracy behind the loss scalars: 'exact' measures it on the training images after "
             "every epoch (about 4 per cent of the time); 'running' is its mean over the epoch's batches, for nothing."
         },
+    )
+    scalar_images: int | None = field(
+        default=None,
+        metadata={"help": "Measure that accuracy on this many training images (drawn once, by class). Default: all."},
+    )
+    loss_scalars: list[float] | None = field(
+        default=None,
+        metadata={"help": "Two fixed loss scalars, lambda1 and lambda2, in the place of the automatic ones."},
     )
     halving_rule: str = field(
         default="paper", metadata={"help": "Rule of the automatic learning rate: 'paper' or 'released'."}
@@ -153,8 +215,7 @@ class AutoLoraTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"`objective` must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}.")
+        self._check_method()
         if self.augmentation not in ("none", "crop", "crop-flip"):
             raise ValueError(f"`augmentation` must be 'none', 'crop' or 'crop-flip', got {self.augmentation!r}.")
         if self.broken_images not in ("skip", "raise"):
@@ -168,7 +229,7 @@ class AutoLoraTrainingArguments(TrainingArguments):
                 f"`scalar_alpha` must be positive and `scalar_lambda2_max` not negative, got {self.scalar_alpha} and "
                 f"{self.scalar_lambda2_max}."
             )
-        for name in ("learning_rate", "halving_interval", "max_validation_images"):
+        for name in ("learning_rate", "halving_interval", "max_validation_images", "scalar_images"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
@@ -199,8 +260,9 @@ class AutoLoraTrainingArguments(TrainingArguments):
                 f"`metric_for_best_model` must be one of {', '.join(metrics)}, got {self.metric_for_best_model!r}."
             )
         if self.metric_for_best_model is None:
-            self.metric_for_best_model = f"eval_{OBJECTIVES[self.objective].selection_metric}"
-            self.greater_is_better = True
+            metric = OBJECTIVES[self.objective].selection_metric
+            self.metric_for_best_model = f"eval_{metric}"
+            self.greater_is_better = metric != "loss"
         self._choose_workers = self.dataloader_num_workers is None
         self.dataloader_num_workers = self.dataloader_num_workers or 0
         if self.label_names is None:
@@ -209,6 +271,68 @@ class AutoLoraTrainingArguments(TrainingArguments):
             self.dataloader_pin_memory = False  # there is nothing to pin for, and torch would warn
         super().__post_init__()
         self._check_checkpointing()
+
+    def _check_method(self) -> None:
+        """Raises `ValueError`, before anything is loaded, for what objective, initialiser and schedules do not know."""
+        for name, known in (
+            ("objective", OBJECTIVES),
+            ("init", INITIALIZERS),
+            ("schedule", (None, *SCHEDULES)),
+            ("average_weights", AVERAGES),
+            ("finish", FINISHERS),
+        ):
+            if getattr(self, name) not in known:
+                options = ", ".join(option for option in known if option)
+                raise ValueError(f"`{name}` must be one of {options}, got {getattr(self, name)!r}.")
+        for name in ("objective_kwargs", "init_kwargs", "finish_kwargs"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                try:
+                    value = json.loads(value)
+                except ValueError as error:
+                    raise ValueError(f"`{name}` must be a JSON object, got {value!r}: {error}.") from error
+                setattr(self, name, value)
+            if value is not None and not isinstance(value, dict):
+                raise ValueError(f"`{name}` must be an object such as {{'beta': 6}}, got {value!r}.")
+        for name in ("init", "finish"):
+            if getattr(self, name) == "none" and getattr(self, f"{name}_kwargs"):
+                raise ValueError(f"`{name}_kwargs` are given, but `{name}` is 'none'.")
+        self.new_objective(), self.new_initializer(), self.new_finisher(), self.new_epsilon_schedule(1)
+        if self.milestones is not None:
+            milestones(self.milestones)
+        if self.loss_scalars is not None and (
+            len(self.loss_scalars) != 2 or not 0 <= self.loss_scalars[0] <= 1 or self.loss_scalars[1] < 0
+        ):
+            raise ValueError(
+                "`loss_scalars` must be two numbers, lambda1 in [0, 1] and lambda2 of at least 0, got "
+                f"{self.loss_scalars}."
+            )
+        if not 0 < self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` must be between 0 and 1, got {self.ema_decay}.")
+
+    def new_objective(self) -> Objective:
+        """The objective with its options."""
+        return with_options(OBJECTIVES[self.objective], self.objective_kwargs, "objective_kwargs")
+
+    def new_initializer(self) -> Initializer:
+        """What runs before training, with its options."""
+        return with_options(INITIALIZERS[self.init], self.init_kwargs, "init_kwargs")
+
+    def new_finisher(self) -> Finisher:
+        """What runs after training, with its options."""
+        return with_options(FINISHERS[self.finish], self.finish_kwargs, "finish_kwargs")
+
+    def new_epsilon_schedule(self, epochs: float) -> EpsilonSchedule:
+        """The schedule of the training attack's radius, for a run of so many epochs."""
+        hinges = {}
+        if self.eps_hinges is not None:
+            if len(self.eps_hinges) != 2 or self.eps_schedule != "two-hinge":
+                raise ValueError(
+                    f"`eps_hinges` are two shares of the run for `eps_schedule='two-hinge'`, got {self.eps_hinges} "
+                    f"with {self.eps_schedule!r}."
+                )
+            hinges = {"first": self.eps_hinges[0], "second": self.eps_hinges[1]}
+        return EpsilonSchedule(epochs, self.eps_schedule, **hinges)
 
     def _check_checkpointing(self) -> None:
         options = dict(self.activation_checkpointing_kwargs or {})
@@ -250,7 +374,8 @@ class AutoLoraTrainingArguments(TrainingArguments):
         if self.optim == OptimizerNames.SGD and self.optim_args is None:
             self.optim_args = "momentum=0.9"
         if self.learning_rate is None:
-            self.learning_rate = 0.01 if mode == "full" else 0.005
+            published = OBJECTIVES[self.objective].learning_rate or 0.01
+            self.learning_rate = published if mode == "full" else 0.005
 
     def resolve_workers(self, streams: bool) -> None:
         """Fills in the number of processes that read images, where it was left open.
@@ -276,10 +401,19 @@ class AutoLoraTrainingArguments(TrainingArguments):
     def threat_model(self) -> ThreatModel:
         return ThreatModel(self.threat_norm, float(self.eps))
 
-    def training_attack(self) -> PGD:
-        """The attack of the training steps: cross-entropy PGD from a uniform random start."""
-        return PGD(self.threat_model, steps=self.attack_steps, step_size=self.attack_step_size)
+    def training_attack(self, loss: str = "ce", share: float = 1.0) -> PGD:
+        """The attack of the training steps: PGD from a uniform random start.
 
-    def validation_attack(self) -> PGD:
+        Args:
+            loss (`str`): What it maximises, see [`PGD`].
+            share (`float`): Share of the radius, and of the step size.
+        """
+        threat_model = self.threat_model
+        if share < 1:
+            threat_model = ThreatModel(threat_model.norm, threat_model.eps * share)
+        step_size = None if self.attack_step_size is None else self.attack_step_size * share
+        return PGD(threat_model, steps=self.attack_steps, step_size=step_size, loss=loss)
+
+    def validation_attack(self, loss: str = "ce") -> PGD:
         """The attack that the schedule and the choice of the best weights go by."""
-        return PGD(self.threat_model, steps=self.eval_attack_steps, step_size=self.attack_step_size)
+        return PGD(self.threat_model, steps=self.eval_attack_steps, step_size=self.attack_step_size, loss=loss)

@@ -46,8 +46,16 @@ class RouteAttacker:
         # Made at the first attack, when the model is where it will be trained.
         self.frozen: FrozenRoute | None = None
 
-    def __call__(self, attack: PGD, pixels: Tensor, labels: Tensor, *key: int, first: int) -> Tensor:
-        """Adversarial images; see [`random_starts`] for `key` and `first`.
+    def __call__(
+        self,
+        attack: PGD,
+        pixels: Tensor,
+        labels: Tensor,
+        *key: int,
+        first: int,
+        reference: Tensor | None = None,
+    ) -> Tensor:
+        """Adversarial images; see [`random_starts`] for `key` and `first`, and [`PGD`] for `reference`.
 
         Pixels are not checked again: the collator has done so where they still were in the memory of the host.
         """
@@ -61,10 +69,13 @@ class RouteAttacker:
                 dtype=self.dtype,
                 compiled_batch=self.args.train_batch_size if self.args.attack_compile else None,
             )
-        start = random_starts(pixels, self.args.threat_model, *key, first=first)
+        # The radius may be on its way to that of the threat model.
+        threat_model = getattr(attack, "threat_model", self.args.threat_model)
+        start = random_starts(pixels, threat_model, *key, first=first)
         # Another attack may do more in its call than to search.
         search = attack.search if type(attack) is PGD else attack
-        adversarial = search(self.frozen.refresh(), pixels, labels, start=start)
+        options = {} if reference is None else {"reference": reference}
+        adversarial = search(self.frozen.refresh(), pixels, labels, start=start, **options)
         # The update needs the most memory, and no copy.
         self.frozen.release()
         return adversarial

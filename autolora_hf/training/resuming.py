@@ -158,6 +158,8 @@ class ResumableTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         with incomplete(folder) as staging:
             self.save_model(str(staging), _internal_call=True)
+            if self.args.should_save:
+                self._save_further(staging)
             if self.state.best_global_step:
                 best = checkpoint_folder(run, self.state.best_global_step)
                 if best == folder or best.is_dir():
@@ -178,6 +180,9 @@ class ResumableTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
+
+    def _save_further(self, folder: Path) -> None:
+        """Writes what a run needs to go on besides model, optimizer, scheduler and random state."""
 
     def _save_trainer_state(self, folder: Path) -> None:
         states: dict[str, list[dict]] = {}

@@ -1,4 +1,5 @@
-"""AutoLoRa's controller as a learning-rate scheduler, so that `Trainer` saves and restores it with its checkpoints."""
+"""Everything that is scheduled, as a learning-rate scheduler, so that `Trainer` saves and restores it with its
+checkpoints."""
 
 from __future__ import annotations
 
@@ -7,33 +8,46 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..schedules import LossScalars, PlateauHalving, loss_scalars
+from ..schedules import Curve, EpsilonSchedule, LossScalars, PlateauHalving, constant, loss_scalars
 
 
 class AutoLoraScheduler(LRScheduler):
-    """Holds the learning rate, the loss scalars and whether the best weights are due to be loaded again.
+    """Holds the learning rate, the loss scalars, the radius of the training attack and whether the best weights are
+    due to be loaded again.
 
-    `step()`, which `Trainer` calls after every optimizer step, changes nothing: decisions are made once an epoch, by
-    [`end_epoch`].
+    `Trainer` calls `step()` after every optimizer step, which moves along `curve`; all else is decided once an epoch,
+    by [`end_epoch`].
 
     Args:
-        optimizer (`Optimizer`): Its learning rates are halved in place.
-        halving (`PlateauHalving`): The rule.
-        alpha (`float`), lambda2_max (`float`): Of the loss scalars.
-        min_learning_rate (`float`): Below this, training is over.
+        optimizer (`Optimizer`): Its learning rates are set in place.
+        halving (`PlateauHalving`, *optional*): AutoLoRa's rule. `None`: the learning rate follows `curve` alone.
+        curve (`Curve`, *optional*): Factor of the learning rate by the progress of the run. `None`: 1.
+        total_steps (`int`): Optimizer steps of the run.
+        alpha (`float`), lambda2_max (`float`): Of the automatic loss scalars.
+        fixed_scalars (`LossScalars`, *optional*): Instead of automatic ones.
+        epsilon (`EpsilonSchedule`, *optional*): Of the training attack.
+        min_learning_rate (`float`): Below this the rule ends the training.
     """
 
     def __init__(
         self,
         optimizer: Optimizer,
-        halving: PlateauHalving,
+        halving: PlateauHalving | None,
+        curve: Curve | None = None,
+        total_steps: int = 1,
         alpha: float = 1.0,
         lambda2_max: float = 6.0,
+        fixed_scalars: LossScalars | None = None,
+        epsilon: EpsilonSchedule | None = None,
         min_learning_rate: float = 1e-5,
     ) -> None:
         self.halving = halving
+        self._curve = curve or constant()
+        self._total_steps = total_steps
         self.alpha = alpha
         self.lambda2_max = lambda2_max
+        self.fixed_scalars = fixed_scalars
+        self.epsilon = epsilon or EpsilonSchedule(1)
         self.min_learning_rate = min_learning_rate
         self.factor = 1.0
         self.training_accuracy: float | None = None
@@ -44,25 +58,39 @@ class AutoLoraScheduler(LRScheduler):
         super().__init__(optimizer)
 
     def get_lr(self) -> list[float]:
-        return [base * self.factor for base in self.base_lrs]
+        factor = self.factor * self._curve(min(1.0, self.last_epoch / self._total_steps))
+        return [base * factor for base in self.base_lrs]
 
     @property
     def scalars(self) -> LossScalars:
         """Current loss scalars; before the first measurement those of accuracy 0, which is purely natural training."""
+        if self.fixed_scalars is not None:
+            return self.fixed_scalars
         return loss_scalars(self.training_accuracy or 0.0, self.alpha, self.lambda2_max)
 
     @property
     def finished(self) -> bool:
-        return self.base_lrs[0] * self.factor < self.min_learning_rate
+        return self.halving is not None and self.base_lrs[0] * self.factor < self.min_learning_rate
 
-    def end_epoch(self, selection_metric: float, training_accuracy: float | None) -> bool:
+    def end_epoch(
+        self, selection_metric: float, training_accuracy: float | None, natural_accuracy: float | None = None
+    ) -> bool:
         """Takes what was measured after an epoch; returns whether the learning rate was halved.
 
         The weights are to be reloaded at the start of the next epoch, when the checkpoint of this one is complete:
         `reload_due` stays set until then, also across a resume.
+
+        Args:
+            selection_metric (`float`): More is better.
+            training_accuracy (`float`, *optional*): Behind the loss scalars.
+            natural_accuracy (`float`, *optional*): Of the deployed route on the validation set, for the radius.
         """
         self.training_accuracy = training_accuracy
-        self.reload_due = self.halving.update(selection_metric) > 0
+        # While the radius rises, robust accuracy says nothing about a plateau.
+        rising = self.epsilon.share(len(self.epsilon.history)) < 1
+        if natural_accuracy is not None:
+            self.epsilon.end_epoch(natural_accuracy)
+        self.reload_due = self.halving is not None and self.halving.update(selection_metric, hold=rising) > 0
         if self.reload_due:
             self.factor /= 2
             for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
@@ -72,9 +100,18 @@ class AutoLoraScheduler(LRScheduler):
 
     def state_dict(self) -> dict[str, Any]:
         # Plain values only: `Trainer` reads the file back with `weights_only=True`.
-        return {**super().state_dict(), "halving": self.halving.state_dict()}
+        state = {key: value for key, value in super().state_dict().items() if key not in _FROM_ARGUMENTS}
+        halving = None if self.halving is None else self.halving.state_dict()
+        return {**state, "halving": halving, "epsilon": self.epsilon.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         state = dict(state_dict)
-        self.halving.load_state_dict(state.pop("halving"))
-        super().load_state_dict(state)
+        halving = state.pop("halving")
+        if halving is not None and self.halving is not None:
+            self.halving.load_state_dict(halving)
+        self.epsilon.load_state_dict(state.pop("epsilon", {}))
+        super().load_state_dict({key: value for key, value in state.items() if key not in _FROM_ARGUMENTS})
+
+
+# What the arguments of the run decide anew.
+_FROM_ARGUMENTS = ("_curve", "_total_steps", "fixed_scalars")

@@ -4,33 +4,41 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers import EvalPrediction, ProgressCallback, TrainerCallback
-from transformers.trainer_utils import IntervalStrategy
+from transformers import ProgressCallback, TrainerCallback
+from transformers.trainer_utils import IntervalStrategy, TrainOutput
 
 from .. import checkpointing
-from ..attacks.pgd import attack_mode, hits, logits_of
-from ..attention import plain_attention
+from ..backbones import load_backbone
 from ..config import ThreatModel
 from ..data import PixelDataset, collate, describe_data, is_stream
-from ..evaluation import Accuracy
 from ..factory import get_autolora_model
 from ..files import write_atomically, write_json
 from ..modeling import AutoLoraModel
-from ..objectives import OBJECTIVES, Batch
+from ..objectives import OBJECTIVES, Batch, config_for
 from ..pixels import Normalize
-from ..routes import NATURAL, ROBUST
-from ..schedules import PlateauHalving, default_checkpoints, default_epochs
+from ..schedules import (
+    Curve,
+    LossScalars,
+    PlateauHalving,
+    constant,
+    cosine,
+    default_checkpoints,
+    default_epochs,
+    milestones,
+)
+from ..targets import statistics_norms
 from .arguments import AutoLoraTrainingArguments
 from .attacking import RouteAttacker
+from .averaging import WeightAverage
 from .data import BrokenImagesCallback, prepare_data
-from .diagnosis import DiagnosisCallback, prediction_shares
+from .diagnosis import DiagnosisCallback
 from .distributed import (
     Share,
     check_parallelism,
@@ -38,23 +46,22 @@ from .distributed import (
     step_shares,
     synchronize,
 )
+from .evaluating import TRAINING, EvaluatingTrainer, accuracies, losses
+from .forward import TrainingForward
 from .numerics import StepGuard
 from .progress import EpochTableCallback
-from .publishing import PublishingTrainer
 from .redirect import call_inside
 from .resuming import run_environment
 from .schedule import AutoLoraScheduler
-from .streams import StreamingTrainer, unaugmented
+from .stages import run_finisher, run_initializer
 
 
 logger = logging.getLogger(__name__)
 
 PLAN = "training_plan.json"
-# Keys of random starts.
-TRAINING, EVALUATION = 0, 1
 
 
-class AutoLoraTrainer(StreamingTrainer, PublishingTrainer):
+class AutoLoraTrainer(EvaluatingTrainer):
     """Robust fine-tuning with an automatic learning rate and automatic loss scalars (AutoLoRa, ICLR 2024).
 
     Args:
@@ -90,7 +97,7 @@ class AutoLoraTrainer(StreamingTrainer, PublishingTrainer):
                 "AutoLoraTrainer has its own learning-rate schedule: pass `optimizers=(optimizer, None)`."
             )
         if not isinstance(model, AutoLoraModel):
-            model = get_autolora_model(model)
+            model = _model_for(args.objective, model)
         if model.threat_model not in (ThreatModel(), args.threat_model):
             logger.warning(
                 "The model's threat model (%s) gives way to that of the training arguments (%s).",
@@ -100,7 +107,9 @@ class AutoLoraTrainer(StreamingTrainer, PublishingTrainer):
         model.threat_model = args.threat_model
         args.resolve_optimizer(model.autolora_config.mode)
         args.create_output_dir()
-        self.objective = OBJECTIVES[args.objective]()
+        self.objective = args.new_objective()
+        self.objective.prepare(model, args.seed)
+        model.limit_training(self.objective.routes, heads_only=self.objective.heads_only)
         train, validation = self._prepare_data(model, args, train_dataset, eval_dataset)
         self.plan = self._make_plan(args, train, validation, eval_dataset is None)
         model.training_plan = self.plan
@@ -110,7 +119,7 @@ class AutoLoraTrainer(StreamingTrainer, PublishingTrainer):
             data_collator=collate,
             train_dataset=train,
             eval_dataset=validation,
-            compute_metrics=_accuracies,
+            compute_metrics=accuracies if self.objective.classifies else losses,
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -118,6 +127,8 @@ class AutoLoraTrainer(StreamingTrainer, PublishingTrainer):
         self._attacker = RouteAttacker(model, args, self.accelerator.mixed_precision)
         self.plan["attack_precision"] = str(self._attacker.dtype).removeprefix("torch.")
         self.add_callback(_AutoLoraCallback(self))
+        self._average = WeightAverage(model, args.average_weights, args.ema_decay)
+        self.add_callback(self._average)
         self._guard = StepGuard(self)
         self.add_callback(self._guard)
         self._diagnosis = DiagnosisCallback(self, Path(args.output_dir) / PLAN)
@@ -129,13 +140,14 @@ class AutoLoraTrainer(StreamingTrainer, PublishingTrainer):
         # Weights that were drawn at random may differ.
         synchronize(self.model.parameters())
         self._normalize = Normalize(model.preprocessing).to(args.device)
-        self._train_attack, self._eval_attack = args.training_attack(), args.validation_attack()
+        loss = self.objective.attack_loss
+        self._train_attack = args.training_attack(loss)
+        # Validation judges answers, whatever training attacks, where there are answers.
+        self._eval_attack = args.validation_attack("ce" if self.objective.classifies else loss)
         mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}
         # In which the update computes attention.
         self._precision = mixed.get(self.accelerator.mixed_precision, next(model.parameters()).dtype)
         self._channels_last = args.channels_last and any(isinstance(module, nn.Conv2d) for module in model.modules())
-        self._evaluated = 0
-        self._plain_loader: DataLoader | None = None
         if len(validation) < 50 and args.process_index == 0:
             logger.warning(
                 "Only %d validation images: robust accuracy moves in steps of %.0f points, and it decides about the "
@@ -172,6 +184,9 @@ class AutoLoraTrainer(StreamingTrainer, PublishingTrainer):
         epochs = math.ceil(args.num_train_epochs)
         return {
             "objective": args.objective,
+            "objective_options": dict(args.objective_kwargs or {}),
+            "init": args.init,
+            "init_options": dict(args.init_kwargs or {}),
             "threat_model": str(args.threat_model),
             "training_data": describe_data(train),
             "training_images": len(train),
@@ -184,7 +199,12 @@ class AutoLoraTrainer(StreamingTrainer, PublishingTrainer):
             "epochs": epochs,
             "optimizer": args.optim.value,
             "learning_rate": args.learning_rate,
+            "schedule": args.schedule or OBJECTIVES[args.objective].schedule,
+            "eps_schedule": args.eps_schedule,
+            "average_weights": args.average_weights,
+            "finish": args.finish,
             "scalar_accuracy": args.scalar_accuracy,
+            "loss_scalars": args.loss_scalars,
             "halving_rule": args.halving_rule,
             "halving_checkpoints": default_checkpoints(epochs, args.halving_interval),
         }
@@ -203,17 +223,32 @@ class AutoLoraTrainer(StreamingTrainer, PublishingTrainer):
             self.lr_scheduler = AutoLoraScheduler(
                 # Accelerate's wrapper is no `torch.optim.Optimizer`, which LRScheduler insists on.
                 getattr(optimizer, "optimizer", optimizer),
-                PlateauHalving(
-                    self.plan["halving_checkpoints"],
-                    rule=self.args.halving_rule,
-                    chance=1 / self.model.num_classes if self.args.greater_is_better else -math.inf,
-                ),
+                self._halving() if self.plan["schedule"] == "plateau" else None,
+                self._curve(num_training_steps),
+                num_training_steps,
                 alpha=self.args.scalar_alpha,
                 lambda2_max=self.args.scalar_lambda2_max,
+                fixed_scalars=None if self.args.loss_scalars is None else LossScalars(*self.args.loss_scalars),
+                epsilon=self.args.new_epsilon_schedule(self.plan["epochs"]),
                 min_learning_rate=self.args.min_learning_rate,
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def _halving(self) -> PlateauHalving:
+        return PlateauHalving(
+            self.plan["halving_checkpoints"],
+            rule=self.args.halving_rule,
+            chance=1 / self.model.num_classes if self.args.greater_is_better else -math.inf,
+        )
+
+    def _curve(self, num_training_steps: int) -> Curve:
+        kind = self.plan["schedule"]
+        if kind == "milestones":
+            return milestones(self.args.milestones or self.objective.milestones)
+        if kind == "cosine":
+            return cosine(self.args.get_warmup_steps(num_training_steps) / num_training_steps)
+        return constant()
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The batches of one optimizer step, each with what this process computes of it under `"share"`."""
@@ -255,17 +290,26 @@ class AutoLoraTrainer(StreamingTrainer, PublishingTrainer):
         # A model that recomputes its blocks in the backward pass would do so with the other attention.
         precision = torch.float32 if checkpointing.is_enabled(model) else self._precision
 
-        def forward(route: str, images: Tensor) -> Tensor:
-            with model.route(route), plain_attention(pixels.device, precision):
-                return logits_of(model(self._images(model, images)))[:own]
-
-        adversarial = None
-        if self.objective.needs_adversarial:
-            key = (self.args.seed, TRAINING, self.state.global_step)
-            adversarial = self._attacker(self._train_attack, pixels, labels, *key, first=share.first)
-        output = self.objective(forward, Batch(pixels, adversarial, labels[:own]), self.lr_scheduler.scalars)
+        forward = TrainingForward(model, partial(self._images, model), precision, own)
+        reference = self.objective.reference(pixels)
+        adversarial = self._adversarial(pixels, labels, share.first, reference)
+        batch = Batch(pixels, adversarial, labels[:own], None if reference is None else reference[:own])
+        output = self.objective(forward, batch, self.lr_scheduler.scalars)
         terms = {name: value * share.weight for name, value in output.terms.items()}
         return self._guard.checked(output.loss * share.weight, terms, pixels, adversarial)
+
+    def _adversarial(self, pixels: Tensor, labels: Tensor, first: int, reference: Tensor | None) -> Tensor | None:
+        """The images of a training step under attack; `None` if the objective wants none."""
+        if not self.objective.needs_adversarial:
+            return None
+        step, attack = self.state.global_step, self._train_attack
+        share = self.lr_scheduler.epsilon.share(step / self.plan["steps_per_epoch"])
+        if share == 0:
+            return pixels
+        if share < 1:
+            attack = self.args.training_attack(self.objective.attack_loss, share)
+        key = (self.args.seed, TRAINING, step)
+        return self._attacker(attack, pixels, labels, *key, first=first, reference=reference)
 
     def _images(self, model: AutoLoraModel, pixels: Tensor) -> Tensor:
         """Pixels as the model takes them: normalised, in its precision."""
@@ -273,91 +317,35 @@ class AutoLoraTrainer(StreamingTrainer, PublishingTrainer):
         # Convolutions hand the memory format on, so that the whole network follows its input.
         return images.contiguous(memory_format=torch.channels_last) if self._channels_last else images
 
-    # ---- evaluation ----
+    # ---- before, between and after ----
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._evaluated = 0
-        # What is evaluated is what the main process saves.
-        synchronize(self.model.buffers())
-        return super().evaluation_loop(*args, **kwargs)
+    def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Trains, from the start or from a checkpoint; see [`ResumableTrainer.train`].
 
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor | None, tuple[Tensor, Tensor, Tensor] | None, Tensor | None]:
-        """Logits of the natural route, of the deployed route on clean and on adversarial images."""
-        inputs = self._prepare_inputs(inputs)
-        pixels, labels = inputs["pixel_values"], inputs["labels"]
-        model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        with model.own_precision():
-            # The same random starts in every epoch: differences in robust accuracy then come from the weights.
-            key, first = (self.args.seed, EVALUATION), self._evaluated + self.args.process_index * len(labels)
-            adversarial = self._attacker(self._eval_attack, pixels, labels, *key, first=first)
-            self._evaluated += self.args.world_size * len(labels)
-            with torch.no_grad():
-                images = self._images(model, pixels)
-                with model.route(NATURAL):
-                    natural = logits_of(model(images))
-                with model.route(ROBUST):
-                    clean, robust = logits_of(model(images)), logits_of(model(self._images(model, adversarial)))
-        if prediction_loss_only:
-            return F.cross_entropy(robust.float(), labels), None, None
-        # The loss is a metric, since `Trainer` would count repeated samples in it.
-        return None, (natural.float(), clean.float(), robust.float()), labels
+        What `init` names runs first, unless there is a checkpoint of the training itself, and what `finish` names
+        last. With `resume_from_checkpoint=True` a stage of the initialiser goes on from its own checkpoints.
+        """
+        run_initializer(self, resume_from_checkpoint)
+        output = super().train(resume_from_checkpoint, **kwargs)
+        run_finisher(self)
+        return output
 
-    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluation during training: after it, the controller decides about the next epoch."""
-        metrics = super()._evaluate(*args, **kwargs)
-        accuracy = self._scalar_accuracy() if self.objective.uses_scalars else None
-        key = self.args.metric_for_best_model
-        metric = metrics[key if key.startswith("eval_") else f"eval_{key}"]
-        # The rule looks for growth.
-        metric = metric if self.args.greater_is_better else -metric
-        halved = self.lr_scheduler.end_epoch(metric, accuracy)
-        scalars = self.lr_scheduler.scalars
-        logs = {"next_learning_rate": self.lr_scheduler.get_last_lr()[0], "reload": int(halved)}
-        if accuracy is not None:
-            logs = {"train_natural_route_accuracy": accuracy, **scalars._asdict(), **logs}
-        self.log(logs)
-        self._diagnosis.after_epoch()
-        if self.lr_scheduler.finished:
-            logger.info("The learning rate is below %g: training is over.", self.args.min_learning_rate)
-            self.control.should_training_stop = True
-        return metrics
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        # What is validated, selected and saved is what would be deployed.
+        with self._average.in_place():
+            super()._maybe_log_save_evaluate(*args, **kwargs)
 
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        best = self.state.best_metric
-        if self.args.greater_is_better and best is not None and best <= 1 / self.model.num_classes:
-            # Up to chance level one epoch is as good as another: take the latest instead of the first.
-            self.state.best_metric = None
-        return super()._determine_best_metric(metrics, trial)
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._average.load(Path(resume_from_checkpoint))
 
-    def _scalar_accuracy(self) -> float:
-        if self.args.scalar_accuracy == "running":
-            mean = self._guard.epoch_mean("train_natural_accuracy")
-            if mean is not None:
-                return self.accelerator.reduce(mean, "mean").clamp(0, 1).item()
-        return self.natural_training_accuracy()
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._average.load_auxiliary(Path(self.state.best_model_checkpoint))
+        self._average.restart()
 
-    @torch.no_grad()
-    def natural_training_accuracy(self) -> float:
-        """SA: accuracy of the natural route on the clean training images, without augmentation, in eval mode."""
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        if self._plain_loader is None:
-            # Made once, since accelerate keeps every loader. Not by `get_eval_dataloader`, which returns that of the
-            # validation set if its workers are persistent.
-            self._plain_loader = self.get_test_dataloader(unaugmented(self.train_dataset))
-        right, total = 0, 0
-        with attack_mode(model), model.own_precision(), model.route(NATURAL):
-            for inputs in self._plain_loader:
-                inputs = self._prepare_inputs(inputs)
-                logits = logits_of(model(self._images(model, inputs["pixel_values"])))
-                found = self.accelerator.gather_for_metrics(hits(logits, inputs["labels"]))
-                right, total = right + found.sum().item(), total + len(found)
-        return right / total
+    def _save_further(self, folder: Path) -> None:
+        self._average.save(folder)
 
     # ---- logging ----
 
@@ -405,15 +393,7 @@ class _AutoLoraCallback(TrainerCallback):
         control.should_log |= args.logging_strategy != IntervalStrategy.NO
 
 
-def _accuracies(prediction: EvalPrediction) -> dict[str, float]:
-    natural, clean, robust = (hits(logits, prediction.label_ids) for logits in prediction.predictions)
-    interval = Accuracy.from_counts(int(robust.sum()), len(robust))
-    return {
-        "natural_accuracy": clean.mean(),
-        "robust_accuracy": robust.mean(),
-        "robust_accuracy_low": interval.low,
-        "robust_accuracy_high": interval.high,
-        "natural_route_accuracy": natural.mean(),
-        **prediction_shares(prediction.predictions[1], clean, robust),
-        "loss": F.cross_entropy(*map(torch.from_numpy, (prediction.predictions[2], prediction.label_ids))).item(),
-    }
+def _model_for(objective: str, model: nn.Module | str) -> AutoLoraModel:
+    """A model of a backbone, or of its name, with the routes that an objective trains."""
+    network = load_backbone(model, pretrained=False) if isinstance(model, str) else model
+    return get_autolora_model(model, config_for(objective, has_statistics=bool(statistics_norms(network))))
