@@ -372,7 +372,7 @@ def test_attack_mode_restores_on_errors():
         ({"steps": 2.5}, "`steps` must be an integer"),
         ({"restarts": 0}, "`restarts` must be an integer of at least 1, got 0"),
         ({"restarts": 2, "random_start": False}, "would repeat the same run"),
-        ({"loss": "dlr"}, "`loss` must be 'ce', 'kl' or 'targeted', got 'dlr'"),
+        ({"loss": "dlr"}, "`loss` must be one of ce, kl, targeted, l2, cosine, got 'dlr'"),
         ({"loss": "kl", "random_start": False}, "its gradient is exactly zero"),
         ({"step_size": 0}, "`step_size` must be positive"),
         ({"step_size": -0.1}, "`step_size` must be positive"),

@@ -102,7 +102,9 @@ class PGD:
         if self.restarts > 1 and not self.random_start:
             raise ValueError("`restarts` > 1 without `random_start` would repeat the same run.")
         if self.loss in _FROM_CLEAN and not self.random_start:
-            raise ValueError(f"`loss={self.loss!r}` needs `random_start`: its gradient is zero at the clean image.")
+            raise ValueError(
+                f"`loss={self.loss!r}` needs `random_start`: at the clean image its gradient is exactly zero."
+            )
         if self.step_size is None:
             self.step_size = self.threat_model.eps / 4
         if not self.step_size > 0:

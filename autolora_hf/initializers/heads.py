@@ -37,9 +37,7 @@ class LinearProbe(Initializer):
         learning_rate (`float`): RoLI has 0.05 for CIFAR-10, and others for other tasks.
     """
 
-    epochs: float | None = field(
-        default=None, metadata={"help": "Length of the stage; default: that of the training."}
-    )
+    epochs: float | None = field(default=None, metadata={"help": "Length of the stage. Default: the training's."})
     learning_rate: float = field(default=0.05, metadata={"help": "Learning rate of the stage."})
 
     objective: ClassVar[str] = "slf"

@@ -81,8 +81,8 @@ class RiFT(Finisher):
                 best, best_natural = share, natural_there
         _set_between(parameters, before, after, best)
         logger.info(
-            "RiFT: %s is the least critical of %d modules; with %.0f %% of its fine-tuning natural validation accuracy "
-            "is %.1f %% instead of %.1f %%.",
+            "RiFT: %s is the least critical of %d modules. With %.0f %% of its fine-tuning natural validation "
+            "accuracy is %.1f %% instead of %.1f %%.",
             name,
             len(modules),
             100 * best,

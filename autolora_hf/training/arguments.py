@@ -61,8 +61,8 @@ class AutoLoraTrainingArguments(TrainingArguments):
     eps_schedule: str = field(
         default="constant",
         metadata={
-            "help": "Radius of the training attack: 'constant', 'two-hinge' or 'auto' (from none to eps; for backbones "
-            "that were never robustly pre-trained). Validation always has eps."
+            "help": "Radius of the training attack: 'constant', or from none to eps by 'two-hinge' or 'auto' (for "
+            "backbones that were never robustly pre-trained). Validation always has eps."
         },
     )
     eps_hinges: list[float] | None = field(
@@ -273,7 +273,7 @@ class AutoLoraTrainingArguments(TrainingArguments):
         self._check_checkpointing()
 
     def _check_method(self) -> None:
-        """Raises `ValueError`, before anything is loaded, for what objective, initialiser and schedules do not know."""
+        """Raises `ValueError`, before anything is loaded, for methods and options that there are not."""
         for name, known in (
             ("objective", OBJECTIVES),
             ("init", INITIALIZERS),

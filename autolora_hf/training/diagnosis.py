@@ -44,12 +44,12 @@ MESSAGES = {
         "This backbone does not look robustly pre-trained for the threat model: an attack moves its features "
         "{displacement:.2g} times as far as the features of two images are apart (robust backbones: below "
         f"{MOVABLE}). Robust fine-tuning then often stays at chance level. Start from a robustly pre-trained "
-        "backbone, or train with a smaller `eps` first (a quarter, then half) and go on from its result."
+        "backbone, or let the attack's radius grow: `eps_schedule='two-hinge'` (`--eps-schedule two-hinge`)."
     ),
     "robust_accuracy_at_chance": (
         "Robust validation accuracy has not been above guessing for {patience} epochs ({robust:.1%}), though the "
-        "robust loss has most of the weight. Start from a robustly pre-trained backbone, or train with a smaller "
-        "`eps` first."
+        "robust loss has most of the weight. Start from a robustly pre-trained backbone, or let the attack's radius "
+        "grow with `eps_schedule='two-hinge'`."
     ),
     "one_class": (
         "The model gives {share:.1%} of the validation images the same class: it has collapsed. Try a lower "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from ..files import write_json
-from ..postprocessing.base import Finished
+from ..postprocessing.base import Batches, Finished
 from .checkpoints import checkpoints
 from .progress import EpochTableCallback
 
@@ -99,12 +99,10 @@ def run_finisher(trainer: AutoLoraTrainer) -> None:
         write_json(trainer.plan, Path(args.output_dir) / "training_plan.json")
 
 
-def _batches(
-    trainer: AutoLoraTrainer, loader: Callable[[], DataLoader]
-) -> Callable[[], Iterable[tuple[Tensor, Tensor]]]:
+def _batches(trainer: AutoLoraTrainer, loader: Callable[[], DataLoader]) -> Batches:
     made: list[DataLoader] = []
 
-    def batches() -> Iterable[tuple[Tensor, Tensor]]:
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
         if not made:
             # Once, since accelerate keeps every loader.
             made.append(loader())

@@ -90,6 +90,8 @@ class AutoLoraTrainer(EvaluatingTrainer):
         if not isinstance(args, AutoLoraTrainingArguments):
             raise TypeError(f"`args` must be AutoLoraTrainingArguments, got {type(args).__name__}.")
         check_parallelism(args)
+        if args.finish != "none" and args.world_size > 1:
+            raise ValueError(f"`finish={args.finish!r}` works in one process only: leave it out.")
         if train_dataset is None:
             raise ValueError("AutoLoraTrainer needs a `train_dataset`.")
         if optimizers[1] is not None:
