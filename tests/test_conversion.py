@@ -9,6 +9,8 @@ import hashlib
 import json
 import os
 import pickle
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
@@ -19,6 +21,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from autolora_hf import AutoLoraConfig, Preprocessing, get_autolora_model, load_autolora_model
+from autolora_hf.architectures import NAMES
 from autolora_hf.backbones import describe_backbone, load_backbone, rebuild_backbone
 from autolora_hf.cli import main
 from autolora_hf.initializers.conversion import convert_checkpoint, save_conversion
@@ -536,6 +539,7 @@ def test_files_of_absurd_size_are_not_unpacked(tmp_path):
     refuses(saved(tmp_path / "huge.pt", acl_file() | huge), "conv1.weight is no plain tensor")
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse")
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -598,6 +602,10 @@ def test_command(resnet18, tmp_path, capsys):
         normalised = (PIXELS - torch.tensor(IMAGENET[0]).view(3, 1, 1)) / torch.tensor(IMAGENET[1]).view(3, 1, 1)
         found = backbone.forward_head(backbone.forward_features(normalised), pre_logits=True)
     assert close(found, expected)
+    # Another number of classes than the file's, and the same through transformers.
+    assert load_backbone(str(output), 5).num_classes == 5
+    wrapped = load_backbone(str(output), library="transformers").eval()
+    torch.testing.assert_close(wrapped(normalised).logits, backbone(normalised))
     # The backbone can be built from its record, and an earlier conversion is replaced; other folders are not.
     assert rebuild_backbone(describe_backbone(backbone, None)).conv1.kernel_size == (3, 3)
     assert main(["convert", str(path), str(output), "--num-classes", "3", "--norm-set", "natural"]) == 0
@@ -632,7 +640,7 @@ def test_96_pixels_of_stl(tmp_path):
 )
 def test_registered_architectures_save_and_load(tmp_path, name, options, mode):
     backbone = timm.create_model(name, num_classes=5, **options)
-    assert timm.is_model(name) and backbone.pretrained_cfg["input_size"] == (3, 32, 32)
+    assert timm.is_model(name) and name in NAMES and backbone.pretrained_cfg["input_size"] == (3, 32, 32)
     model = get_autolora_model(backbone, AutoLoraConfig(mode=mode)).eval()
     pixels = torch.rand(2, 3, 32, 32)
     expected = model.pixel_space()(pixels)
@@ -652,3 +660,15 @@ def test_registered_architectures_save_and_load(tmp_path, name, options, mode):
     assert fresh(pixels).shape == (2, 2) and fresh.get_classifier().out_features == 2
     pyramid = timm.create_model(name, features_only=True, out_indices=(-1,), **options)
     assert pyramid(pixels)[0].shape[2] == 32 // pyramid.feature_info.reduction()[-1] + (name[0] == "r" and 1)
+
+
+def test_arguments_of_a_stranger_that_would_fill_memory():
+    with pytest.raises(ValueError, match="`stem_padding` must be between"):
+        timm.create_model("resnet18_cifar", stem_padding=100_000)
+    with pytest.raises(ValueError, match="`depth` must be"):
+        timm.create_model("wide_resnet28_10_cifar", depth=29)
+
+
+def test_timm_knows_the_architectures_after_an_import():
+    code = "import timm, autolora_hf; timm.create_model('resnet18_cifar'); from autolora_hf import load_autolora_model"
+    subprocess.run([sys.executable, "-c", code], check=True)

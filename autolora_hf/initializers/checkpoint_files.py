@@ -40,16 +40,16 @@ class _Unread:
     def __setstate__(self, state: Any) -> None: ...
 
 
-# Plain values that training scripts save next to the weights. None of these is called: each name stands for
-# `_Unread`, so that what NumPy would make of a crafted argument does not matter.
+# Plain values that training scripts save next to the weights. None of these is called: each name stands for a class of
+# ours, so that what NumPy would make of a crafted argument does not matter.
 _UNREAD = [
-    "argparse.Namespace",
-    "_codecs.encode",
-    "numpy.dtype",
-    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
-    "numpy.ndarray",
-    *(f"numpy.dtypes.{kind}DType" for kind in ("Float16", "Float32", "Float64", "Int32", "Int64", "Bool")),
+    ("argparse", "Namespace"),
+    ("numpy", "dtype"),
+    ("numpy", "ndarray"),
+    *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    *(("numpy.dtypes", f"{kind}DType") for kind in ("Float16", "Float32", "Float64", "Int32", "Int64", "Bool")),
 ]
+_STAND_INS = [type(name, (_Unread,), {"__module__": module}) for module, name in _UNREAD]
 
 _HOW_TO_CONVERT = """\
 To convert it, load it where it can do no harm, such as a container without a network that you throw away, and bring \
@@ -126,9 +126,8 @@ def _check_archive(content: bytes, path: Path) -> None:
 
 
 def _load(content: bytes, path: Path) -> Any:
-    stand_ins = [(_Unread, name) for name in _UNREAD]
     try:
-        with torch.serialization.safe_globals(stand_ins):
+        with torch.serialization.safe_globals(_STAND_INS):
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a crafted file makes of the reader
         message = str(error)

@@ -60,7 +60,8 @@ class Keys:
         # Of the architectures for 32 pixels, where the code that wrote the file had its own.
         self.model_args: dict[str, Any] = {}
 
-    def __contains__(self, pattern: str) -> bool:
+    def has(self, pattern: str) -> bool:
+        """Whether `pattern` is found in a name."""
         return any(re.search(pattern, name) for name in self.tensors)
 
     def drop(self, pattern: str, reason: str) -> None:
@@ -142,7 +143,7 @@ class Kind:
 
 def _choose_norms(keys: Keys, norm_set: str, names: tuple[str, ...]) -> None:
     """Keeps one set of norms: `bn1.bn_list.<index>.weight` becomes `bn1.weight`."""
-    if r"\.bn_list\." not in keys:
+    if not keys.has(r"\.bn_list\."):
         return
     indices = {int(found[1]) for name in keys.tensors if (found := re.search(r"\.bn_list\.(\d+)\.", name))}
     wanted = names.index("normal" if norm_set == "natural" else "pgd")
@@ -168,7 +169,7 @@ def _acl(keys: Keys, norm_set: str) -> None:
     GodXuxilie/Enhancing_ACL_via_AIR; `bn_names = ['normal', 'pgd']` in their training scripts, whose `cvt_state_dict`
     takes index 1. With one norm (`resnet.py`, `LPAFT.py`) the names are timm's already.
     """
-    if r"^encoder_k\." in keys:
+    if keys.has(r"^encoder_k\."):
         keys.drop(r"encoder_q\.", "query encoder; the network computes with the momentum encoder, encoder_k")
         keys.remove_prefix("encoder_k.")
         keys.remove_prefix("module.")
@@ -182,8 +183,8 @@ def _acl(keys: Keys, norm_set: str) -> None:
 def _advcl(keys: Keys, norm_set: str) -> None:
     """`models/resnet_cifar_multibn_ensembleFC.py` of LijieFan/AdvCL and of yqy2001/A-InfoNCE (Asym-AdvCL), with
     `bn_names = ['normal', 'pgd', 'pgd_ce']`: contrastive views, the attack on the contrastive loss, that on the
-    cross-entropy of pseudo-labels. Their `load_BN_checkpoint` takes index 1. What `models/resnet_cifar.py` is
-    fine-tuned from has one norm, and the names of kuangliu/pytorch-cifar.
+    cross-entropy of pseudo-labels. Their `load_BN_checkpoint` takes index 1. What their
+    fine-tuning saves (`models/resnet_cifar.py`) has one norm, and the names of kuangliu/pytorch-cifar.
     """
     keys.take_normaliser()
     keys.drop(r"head_(proj|pred)\.", "projection heads of the contrastive loss")
@@ -200,7 +201,7 @@ def _deacl(keys: Keys, norm_set: str) -> None:
     solo-learn.
     """
     keys.model_args = {"stem_padding": 2}
-    if r"^backbone\." in keys:
+    if keys.has(r"^backbone\."):
         keys.drop(r"momentum_(backbone|projector|classifier)\.", "the teacher")
         keys.drop(r"classifier(_adv)?\.", "classifiers that were trained on the side")
         keys.drop(r"projector\.", "projection head of the distillation")
@@ -236,12 +237,12 @@ def _robustbench(keys: Keys, norm_set: str) -> None:
     """
     keys.rename(r"^model\.", "")
     keys.take_normaliser()
-    if r"^block1\.layer\.0\." in keys:
+    if keys.has(r"^block1\.layer\.0\."):
         keys.drop(r"sub_block1\.", "a block that the network holds and never runs")
         keys.rename(r"^bn1\.", "norm.")
         keys.rename(r"^block(\d)\.layer\.(\d+)\.convShortcut\.", r"layer\1.\2.downsample.")
         keys.rename(r"^block(\d)\.layer\.(\d+)\.", r"layer\1.\2.")
-    elif r"^layer\.0\.block\.0\." in keys:
+    elif keys.has(r"^layer\.0\.block\.0\."):
         # All that RobustBench has of these are made with `activation_fn=Swish` or `nn.SiLU`.
         keys.model_args = {"act_layer": "silu", "same_padding": True}
         for stage in range(3):
@@ -283,20 +284,20 @@ def recognise(keys: Keys) -> str:
     Raises:
         ValueError: If several have them, or none.
     """
-    dual, normalised = r"\.bn_list\." in keys, r"^(encoder_k\.(module\.)?)?normalize\.(mean|std)$" in keys
-    advcl_heads = r"^(head_(proj|pred|ce)|fc_\d{3})\." in keys
+    dual, normalised = keys.has(r"\.bn_list\."), keys.has(r"^(encoder_k\.(module\.)?)?normalize\.(mean|std)$")
+    advcl_heads = keys.has(r"^(head_(proj|pred|ce)|fc_\d{3})\.")
     found = []
-    if r"^attacker\." in keys or r"^normalizer\.new_" in keys:
+    if keys.has(r"^attacker\.") or keys.has(r"^normalizer\.new_"):
         found.append("madry")
-    if r"^backbone\." in keys:
+    if keys.has(r"^backbone\."):
         found.append("deacl")
     if advcl_heads and not normalised:
         found.append("advcl")
     # A classifier beside a normalisation, in timm's names, is that of a fine-tuned network of this family.
-    if normalised and not advcl_heads and (dual or (r"^fc\." in keys and r"^model\." not in keys)):
+    if normalised and not advcl_heads and (dual or (keys.has(r"^fc\.") and not keys.has(r"^model\."))):
         found.append("acl")
-    if r"^(model\.)?(block1\.layer\.0|init_conv|mu$|sigma$)" in keys or (
-        r"\.shortcut\." in keys and not advcl_heads and not found
+    if keys.has(r"^(model\.)?(block1\.layer\.0|init_conv|mu$|sigma$)") or (
+        keys.has(r"\.shortcut\.") and not advcl_heads and not found
     ):
         found.append("robustbench")
     if len(found) != 1:

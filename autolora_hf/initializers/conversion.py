@@ -13,10 +13,9 @@ from typing import Any
 import timm
 import torch
 from timm.models import get_pretrained_cfg
-from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from .. import architectures  # noqa: F401  (registers what timm lacks)
+from ..backbones import describe_backbone
 from ..checks import listed
 from ..files import check_finite, save_tensors, staged, write_json
 from ..pixels import Preprocessing
@@ -96,7 +95,7 @@ def convert_checkpoint(
     file = read_checkpoint(path)
     keys = Keys(file.tensors)
     keys.remove_prefix("module.")
-    dual = r"\.bn_list\.\d" in keys
+    dual = keys.has(r"\.bn_list\.\d")
     name = kind or recognise(keys)
     kind_of_file = KINDS[name]
     kind_of_file.translate(keys, norm_set)
@@ -146,10 +145,13 @@ def save_conversion(conversion: Conversion, directory: str | os.PathLike[str]) -
     others = directory.is_dir() and any(not entry.name.startswith(".saving-") for entry in directory.iterdir())
     if others and not (directory / REPORT).is_file():
         raise ValueError(f"{directory} is not empty and holds no earlier conversion: name another folder.")
+    config = describe_backbone(conversion.model, None)["config"]
+    if config is None:
+        raise ValueError(f"timm cannot build this {conversion.report['architecture']} again from its arguments.")
     with staged(directory, last="config.json") as folder:
         save_tensors(conversion.model.state_dict(), folder / "model.safetensors")
         write_json(conversion.report, folder / REPORT)
-        save_config_for_hf(conversion.model, str(folder / "config.json"))
+        write_json(config, folder / "config.json")
     return directory
 
 
