@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,11 @@ __all__ = [
     "load_autolora_model",
     "verify_release",
 ]
+
+
+# Where timm is there already, it shall know our architectures at once; otherwise with the first use of this package.
+if "timm" in sys.modules:
+    import_module(".architectures", __name__)
 
 
 def __getattr__(name: str) -> Any:

@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from . import architectures  # noqa: F401  (timm knows them from here on)
 from .download import commit_of, download, is_repository_name
 from .files import check_finite
 from .inputs import (

@@ -145,6 +145,55 @@ def is_enabled(network: nn.Module) -> bool:
     return any(module.__dict__.get(flag) for module in network.modules() for flag in _FLAGS)
 
 
+# ---- methods of a model ----
+
+
+class Checkpointed:
+    """The methods of [`AutoLoraModel`] that turn activation checkpointing on and off."""
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Saves memory in training: blocks keep only their input and run again, in their route, in the backward pass.
+
+        Args:
+            activation_checkpointing_kwargs (`dict`, *optional*): Options of `torch.utils.checkpoint.checkpoint`, for
+                transformers models.
+            every_n_layers (`int`), offload (`bool`): As in transformers, for its models: checkpoint only every n-th
+                block; keep the inputs of blocks in the host's memory.
+
+        Raises:
+            ValueError: If the library has no activation checkpointing for this architecture, or for reentrant
+                checkpointing, whose gradients would be wrong.
+        """
+        enable(self.get_base_model(), activation_checkpointing_kwargs, every_n_layers, offload)
+
+    def activation_checkpointing_disable(self) -> None:
+        """Turns activation checkpointing off."""
+        disable(self.get_base_model())
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        return is_enabled(self.get_base_model())
+
+    # The older names of transformers, which would otherwise reach the network inside.
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.activation_checkpointing_disable()
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return self.is_activation_checkpointing
+
+
 # ---- a forward pass, and repeating its parts ----
 
 

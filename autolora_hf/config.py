@@ -10,12 +10,14 @@ from typing import Any, Literal
 
 from peft import LoraConfig
 
+from .layers import LORA_FIELDS, BranchKind, branch_kind
+
 
 Norm = Literal["linf", "l2"]
 
 # Fields of `AutoLoraConfig` that stock PEFT does not know. They live in `autolora_config.json`, so that
-# `adapter_config.json` stays a plain LoRA configuration.
-AUTOLORA_FIELDS = ("mode", "layout", "norm", "head", "natural_route", "stop_gradient")
+# `adapter_config.json` stays a plain configuration of PEFT's.
+AUTOLORA_FIELDS = ("mode", "branch", "branch_args", "layout", "norm", "head", "natural_route", "stop_gradient")
 
 
 class PixelRadius(float):
@@ -96,10 +98,16 @@ class AutoLoraConfig(LoraConfig):
         mode (`str`): What the robust route trains. `"full"` (the paper): the whole backbone and the head, with a LoRA
             branch for the natural route. `"adapter"`: the backbone stays frozen; a `robust` LoRA adapter, the head and
             the BatchNorm layers train, with a second LoRA branch on top for the natural route.
-        layout (`str`, *optional*): Factorisation of the branch. `"released"` is the one of the paper's code,
-            `dW = reshape(B A) * lora_alpha / r` with `A` of shape `r k x c_in k`, `B` of `c_out k x r k` and `A ~ N(0,
-            1)`. `"peft"` is PEFT's own (for convolutions: k x k to `r` channels, then 1 x 1). `None`: `"released"` in
-            mode `full`, `"peft"` in mode `adapter`, whose adapter then is no larger than it must be.
+        branch (`str`): Kind of every branch. `"lora"`; `"lnlora"` (FullLoRA-AT: LoRA of a LayerNorm of the input);
+            `"foura"` (LoRA in the frequency domain of the channels); `"efft"` (factors that layers share);
+            `"adakron"` (an adapter after the MLP of each block); or one of PEFT's tuners: `"dora"`, `"loha"`,
+            `"lokr"`, `"hra"`, `"ia3"`, `"hira"`, `"oft"`, `"miss"`, `"road"`. See `docs/methods.md`.
+        branch_args (`dict`, *optional*): Further fields of that kind: for PEFT's those of its configuration class,
+            such as `{"alpha": 16}` for `"loha"`; `{"gate": "hard"}` for `"foura"`.
+        layout (`str`, *optional*): Factorisation of a LoRA branch. `"released"` is the one of the paper's code, `dW =
+            reshape(B A) * lora_alpha / r` with `A` of shape `r k x c_in k`, `B` of `c_out k x r k` and `A ~ N(0, 1)`.
+            `"peft"` is PEFT's own (for convolutions: k x k to `r` channels, then 1 x 1). `None`: `"released"` in mode
+            `full`, `"peft"` in mode `adapter`, whose adapter then is no larger than it must be.
         norm (`str`): What the two routes share of BatchNorm layers. `"shared"` (the paper): everything.
             `"robust_stats"`: the natural route normalises with batch statistics but leaves the running ones alone.
             `"dual"`: one set for each route; the natural set keeps its affine parameters. `"split"` (AR-AT, ICLR
@@ -113,14 +121,16 @@ class AutoLoraConfig(LoraConfig):
             branch and the head only (the paper), or also reaches the weights it shares with the robust route.
         head (`str` or `list[str]`, *optional*): Name of the classification layer, or of several (distilled models).
             `None`: found by following the logits backwards.
-        lora_alpha (`int`, *optional*): Scale of the branch is `lora_alpha / r`. `None`: 1 in mode `full` (the paper);
-            `2 r` in mode `adapter`, where the branch has to carry the whole change of the backbone.
+        lora_alpha (`int`, *optional*): Scale of the branch is `lora_alpha / r`. `None`: 1 for LoRA in mode `full` (the
+            paper); else `2 r`, as in mode `adapter`, where the branch has to carry the whole change of the backbone.
         target_modules (`str` or `list[str]`, *optional*): Layers that get a branch, by name or end of name; a string
             is a regular expression for whole names, or `"all-linear"`: every linear layer but the head. `"all"`: every
             convolution and linear layer inside the repeated blocks; never the stem or the head (as in the paper).
             `None`: the same in mode `full`; in mode `adapter` those among them for which PEFT has an exact LoRA layer
             (all but grouped, dilated and weight-standardised convolutions and weights that are used past their layer),
-            so that the adapter loads without this package, unless they hold less than half of the weights.
+            so that the adapter loads without this package, unless they hold less than half of the weights. Kinds of
+            branch that fit only some layers sit on those; `"lnlora"` also on the patch embedding, `"adakron"` on the
+            last layer of each MLP.
         modules_to_save (`list[str]`, *optional*): Mode `adapter`: further modules, such as LayerNorms, that train and
             are saved whole with the robust adapter, by name or end of name. The head and every layer with running
             statistics are, anyway.
@@ -128,6 +138,13 @@ class AutoLoraConfig(LoraConfig):
 
     mode: Literal["full", "adapter"] = field(
         default="full", metadata={"help": "'full' trains the backbone, 'adapter' a LoRA adapter on a frozen one."}
+    )
+    branch: str = field(
+        default="lora",
+        metadata={"help": "Kind of branch: lora, lnlora, foura, efft, adakron, or a tuner of PEFT's such as dora."},
+    )
+    branch_args: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Further fields of that kind of branch, such as those of PEFT's LoHaConfig."}
     )
     layout: Literal["released", "peft"] | None = field(
         default=None, metadata={"help": "Factorisation of the branch: 'released' (the paper's code) or 'peft'."}
@@ -158,11 +175,15 @@ class AutoLoraConfig(LoraConfig):
             if getattr(self, name) not in allowed:
                 options = ", ".join(repr(option) for option in allowed if option)
                 raise ValueError(f"`{name}` must be one of {options}, got {getattr(self, name)!r}.")
+        kind = branch_kind(self.branch)
+        self._check_arguments(kind)
+        of_paper = self.branch == "lora" and self.mode == "full"
         if self.layout is None:
-            self.layout = "released" if self.mode == "full" else "peft"
+            self.layout = "released" if of_paper else "peft"
         if self.lora_alpha is None:
-            self.lora_alpha = 1 if self.mode == "full" else 2 * self.r
+            self.lora_alpha = 1 if of_paper else 2 * self.r
         super().__post_init__()
+        self._check_fields(kind)
         self._refuse_unsupported()
         if self.natural_route == "none" and self.norm != "shared":
             raise ValueError(
@@ -173,6 +194,45 @@ class AutoLoraConfig(LoraConfig):
             raise ValueError(
                 f"`target_modules` names layers that get a branch, but with `mode='full'` and `natural_route="
                 f"{self.natural_route!r}` there is none."
+            )
+
+    def _check_arguments(self, kind: BranchKind) -> None:
+        if not isinstance(self.branch_args, (dict, type(None))):
+            raise ValueError(f"`branch_args` must be a dictionary, got {self.branch_args!r}.")
+        arguments = dict(self.branch_args or {})
+        if "r" in arguments and "r" in kind.fields:
+            # The rank has one place.
+            self.r = arguments.pop("r")
+        unknown = sorted(map(str, arguments.keys() - kind.arguments.keys()))
+        if unknown:
+            raise ValueError(
+                f"`branch_args` of branch {kind.name!r} cannot have {', '.join(map(repr, unknown[:5]))}. Possible: "
+                f"{', '.join(map(repr, kind.arguments)) or 'none'}."
+            )
+        for name, value in arguments.items():
+            kind.arguments[name](value, f"branch_args.{name}")
+        self.branch_args = arguments
+        if "r" in kind.fields and (isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1):
+            raise ValueError(f"`r` must be a positive integer, got {self.r!r}.")
+
+    def _check_fields(self, kind: BranchKind) -> None:
+        """Raises `ValueError` for a field of plain LoRA that this kind of branch does not have."""
+        defaults = {name: LoraConfig.__dataclass_fields__[name].default for name in LORA_FIELDS}
+        defaults |= {"rank_pattern": {}, "alpha_pattern": {}, "lora_alpha": 2 * self.r}
+        changed = [name for name in LORA_FIELDS if name not in kind.fields and getattr(self, name) != defaults[name]]
+        if self.branch != "lora" and self.layout != "peft":
+            changed.append("layout")
+        if changed:
+            raise ValueError(
+                f"`{changed[0]}={getattr(self, changed[0])!r}` means nothing to branch {kind.name!r}. What can be "
+                f"set: {', '.join(f'`{name}`' for name in kind.fields) or 'no field of LoRA'}, and in `branch_args` "
+                f"{', '.join(map(repr, kind.arguments)) or 'nothing'}."
+            )
+        ranks = [self.r, *self.rank_pattern.values()] if "r" in kind.fields else []
+        odd = [rank for rank in ranks if rank % kind.multiple]
+        if odd:
+            raise ValueError(
+                f"The rank of branch {kind.name!r} must be a multiple of {kind.multiple}, got r={odd[0]}."
             )
 
     def _refuse_unsupported(self) -> None:
@@ -186,6 +246,8 @@ class AutoLoraConfig(LoraConfig):
             "init_lora_weights": self.init_lora_weights not in (True, False, "gaussian"),
         }
         bad = [name for name, is_set in refused.items() if is_set]
+        if self.use_dora:
+            raise ValueError("AutoLoraConfig does not support `use_dora=True`: use `branch='dora'`.")
         if bad:
             raise ValueError(
                 f"AutoLoraConfig does not support {', '.join(f'`{name}={getattr(self, name)!r}`' for name in bad)}: "
@@ -206,6 +268,11 @@ class AutoLoraConfig(LoraConfig):
                 f"`lora_dropout={self.lora_dropout}` needs `layout='peft'`: the released layout is a change of the "
                 "weight, which has no input of its own to drop from."
             )
+
+    @property
+    def kind(self) -> BranchKind:
+        """The kind of every branch."""
+        return branch_kind(self.branch, self.branch_args)
 
     @property
     def has_branches(self) -> bool:

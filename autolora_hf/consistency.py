@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
+from .branches import count_values
 from .files import TensorInfo, inside, read_header
-from .layers import weight_name
 from .layout import (
     ADAPTER_WEIGHTS,
     BASE_WEIGHTS,
@@ -35,6 +35,9 @@ def check_files(directory: Path, record: Record) -> None:
     shapes = {info.shape for info in headers[robust].values()}
     if not any(shape and shape[0] == record.num_classes for shape in shapes):
         raise ValueError(f"{robust} has no weights of a classifier of {record.num_classes} classes.")
+    if record.branch != "lora":
+        _check_rank(directory, record, headers[natural], natural)
+        return
     size, asked = 0, 0.0
     for name in record.config["target_modules"]:
         factors = _factors_of(headers[natural], name, natural)
@@ -85,7 +88,11 @@ def check_branches(network: nn.Module, record: Record, directory: Path) -> None:
             f"{directory / RECORD} names {len(strangers)} layers that {type(network).__name__} does not have, such as "
             f"{strangers[0]}."
         )
-    asked = sum(_branch_values(modules[name], record.rank(name), record) for name in record.config["target_modules"])
+    unable = [name for name in record.config["target_modules"] if not modules[name]._parameters]
+    if unable:
+        return  # told in words when the branches are made
+    config = record.autolora_config()
+    asked = count_values(config, {name: modules[name] for name in record.config["target_modules"]})
     natural = _branches_file(directory, record)
     held = sum(math.prod(info.shape) for info in read_header(natural).values())
     if asked > 2 * held + 1_000_000:
@@ -95,18 +102,20 @@ def check_branches(network: nn.Module, record: Record, directory: Path) -> None:
         )
 
 
-def _branch_values(layer: nn.Module, rank: int, record: Record) -> int:
-    """How many values the factors of a branch of `layer` will have, see [`WeightLora`]."""
-    weight = getattr(layer, weight_name(layer), None)
-    if not isinstance(weight, Tensor) or weight.ndim < 2 or not weight.numel():
-        return 0  # told in words when the branch is made
-    rows = weight.shape[0]
-    if record.config["layout"] == "released" and weight.ndim > 2:
-        rows, rank = rows * weight.shape[2], rank * min(weight.shape[2], math.prod(weight.shape[3:]))
-    columns = max(weight.numel() // rows, 1)
-    if getattr(layer, "groups", 1) > 1:
-        rank = min(rank, rows, columns)
-    return rank * (rows + columns)
+def _check_rank(directory: Path, record: Record, header: dict[str, TensorInfo], file: Path) -> None:
+    """A rank that is far larger than any side in the file; how large branches are is seen with the network."""
+    names = record.config["target_modules"]
+    prefixes = tuple(f"{prefix}{name}." for name in names for prefix in ("base_model.model.", ""))
+    held = [info for key, info in header.items() if key.startswith(prefixes)]
+    if names and not held:
+        raise ValueError(f"{file} does not belong to this model (missing: its branches). Nothing was loaded.")
+    widest = max((side for info in held for side in info.shape), default=0)
+    most = max([record.config["r"], *record.config["rank_pattern"].values()])
+    if most > max(widest, 1024):
+        raise ValueError(
+            f"{directory / RECORD} asks for rank {most:,}, but the branches in {file} have at most {widest:,}: the "
+            "ranks cannot be right."
+        )
 
 
 def _factors_of(header: dict[str, TensorInfo], layer: str, file: Path) -> list[TensorInfo]:

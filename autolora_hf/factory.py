@@ -13,7 +13,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from . import backbones, inputs, saving, targets
+from . import backbones, branches, inputs, saving, targets
 from .attacks.pgd import attack_mode, forget_cached, logits_of
 from .config import AutoLoraConfig, ThreatModel
 from .consistency import check_branches
@@ -90,14 +90,11 @@ def get_autolora_model(
         else:
             check_heads(model, config.heads, example)
     uses = targets.watch_layers(model, example)
-    if not config.has_branches:
-        config.target_modules = []
-    elif config.target_modules in (None, "all"):
-        stock_only = config.target_modules is None and config.mode == "adapter"
-        config.target_modules = targets.resolve_targets(model, config.heads, uses, stock_only=stock_only)
-    else:
-        config.target_modules = targets.requested_targets(model, config.target_modules, config.heads, uses)
+    config.target_modules = branches.choose_targets(model, config, uses)
     modules = dict(model.named_modules())
+    if config.branch != "lora":
+        # PEFT may refuse a layer, which is better said before the model has changed.
+        branches.count_values(config, {name: modules[name] for name in config.target_modules})
     stock_layers = frozenset(name for name, use in uses.items() if targets.in_stock_peft(modules[name], use))
     config.modules_to_save = targets.requested_modules(model, config)
     backbone = backbones.describe_backbone(model, name, revision, image_size, token)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from . import checkpointing
 from .attacks.pgd import forget_cached, logits_of
 from .attention import plain_attention
-from .layers import weight_name
+from .layers import can_merge, merged_tensors, patches_of, takes_patches
 from .routes import ROBUST
 
 
@@ -32,9 +32,10 @@ logger = logging.getLogger(__name__)
 class FrozenRoute(nn.Module):
     """Pixels in [0, 1] to logits, like [`AutoLoraModel.pixel_space`] in eval mode, without adapters or gradients.
 
-    Branches are added to the weights, BatchNorm layers are folded into the convolutions before them, and on a CPU
-    convolutions of patches side by side become linear layers: exact up to rounding. The copy has weights of its own;
-    [`refresh`] brings them up to date. Autocast does not reach it: its precision is what `dtype` says.
+    Branches are merged into the weights where that is exact, else copied, BatchNorm layers are folded into the
+    convolutions before them, and on a CPU convolutions of patches side by side become linear layers: exact up to
+    rounding. The copy has weights of its own; [`refresh`] brings them up to date. Autocast does not reach it: its
+    precision is what `dtype` says.
 
     Args:
         model (`AutoLoraModel`): What to copy.
@@ -69,13 +70,15 @@ class FrozenRoute(nn.Module):
             self.network = copy.deepcopy(base)
             # There is no memory to save that is worth a second pass in every step of an attack.
             checkpointing.disable(self.network)
-            # By name: the live layer, the LoRA layer around it and the branches to add. In lists, so that the live
-            # layers do not become modules of the copy.
+            # By name: the live layer, the branch layer around it and the branches to merge. In lists, so that the
+            # live layers do not become modules of the copy.
             self._sources: dict[str, list] = {}
             for name, module in list(self.network.named_modules()):
                 live = base.get_submodule(name)
-                if isinstance(live, LoraLayer):
+                if isinstance(live, BaseTunerLayer):
                     adapters = [] if live.disable_adapters else list(live.active_adapters)
+                    if adapters and not can_merge(live, adapters):
+                        continue  # the copy of the branch layer has parameters like any other
                     self.network.set_submodule(name, module.get_base_layer())
                     self._sources[name] = [live.get_base_layer(), live, adapters]
                 elif isinstance(live, ModulesToSaveWrapper):
@@ -143,14 +146,15 @@ class FrozenRoute(nn.Module):
         self._released.clear()
         for name, target in self.network.named_modules():
             source, layer, adapters = self._sources[name]
-            tensors = dict(source.named_parameters(recurse=False)) | dict(source.named_buffers(recurse=False))
-            for adapter in adapters:
-                key = weight_name(source)
-                tensors[key] = tensors[key] + layer.get_delta_weight(adapter).to(tensors[key].dtype)
+            if adapters:
+                tensors = merged_tensors(layer, adapters)
+            else:
+                tensors = dict(source.named_parameters(recurse=False)) | dict(source.named_buffers(recurse=False))
             if name in self._norms:
                 norm = self._norms[name]
                 statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
-                tensors["weight"], tensors["bias"] = fuse_conv_bn_weights(tensors["weight"], source.bias, *statistics)
+                bias = tensors.get("bias")
+                tensors["weight"], tensors["bias"] = fuse_conv_bn_weights(tensors["weight"], bias, *statistics)
             for key in [*target._parameters, *target._buffers]:
                 if getattr(target, key) is not None:
                     getattr(target, key).copy_(tensors[key])
@@ -228,14 +232,8 @@ class FrozenRoute(nn.Module):
 
 
 def _takes_patches(conv: nn.Conv2d) -> bool:
-    """Whether every input belongs to exactly one output place, as in the first layer of a ViT."""
-    return (
-        conv.stride == conv.kernel_size
-        and max(conv.kernel_size) > 1
-        and conv.groups == 1
-        and conv.padding in (0, (0, 0), "valid")
-        and conv.dilation == (1, 1)
-    )
+    """Whether `conv` is worth to be computed as a linear layer, as the first one of a ViT is."""
+    return takes_patches(conv) and max(conv.kernel_size) > 1
 
 
 class _PatchLinear(nn.Conv2d):
@@ -244,11 +242,7 @@ class _PatchLinear(nn.Conv2d):
     def forward(self, images: Tensor) -> Tensor:
         if images.ndim != 4:
             return super().forward(images)
-        (height, width), (count, channels) = self.kernel_size, images.shape[:2]
-        rows, columns = images.shape[2] // height, images.shape[3] // width
-        images = images[:, :, : rows * height, : columns * width]
-        patches = images.reshape(count, channels, rows, height, columns, width).permute(0, 2, 4, 1, 3, 5)
-        found = F.linear(patches.reshape(count, rows, columns, -1), self.weight.flatten(1), self.bias)
+        found = F.linear(patches_of(images, self.kernel_size), self.weight.flatten(1), self.bias)
         return found.permute(0, 3, 1, 2)
 
 

@@ -10,8 +10,9 @@
 
 Each adapter is right when it is loaded alone. In mode `adapter` the natural route is the robust branch plus its own,
 so its file holds both, as one LoRA of twice the rank, with the same head; in mode `full` it belongs on top of the
-robust model. Where PEFT has no exact LoRA layer for a branch, `robust.safetensors` and `natural.safetensors` take the
-place of the adapters, and hold the bare factors.
+robust model. Where PEFT has no exact layer for a branch, `robust.safetensors` and `natural.safetensors` take the place
+of the adapters, and hold the bare parameters: for the kinds of branch of this package; and for the natural route in
+mode `adapter` of every kind but LoRA, two branches of which are not one of the same kind.
 """
 
 from __future__ import annotations
@@ -21,13 +22,21 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from . import targets
-from .layers import WeightLora, factor, fold_factors, unfold_factors, weight_name
+from . import branches, targets
+from .layers import (
+    LORA_FIELDS,
+    WeightLora,
+    branch_parameters,
+    fold_factors,
+    stock_names,
+    unfold_factors,
+    weight_name,
+)
 from .routes import NATURAL, ROBUST
 
 
@@ -39,8 +48,6 @@ ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.j
 BASE_WEIGHTS, BASE_CONFIG, PROCESSOR_CONFIG = "model.safetensors", "config.json", "preprocessor_config.json"
 NATURAL_ADAPTER, NATURAL_CONFIG = f"natural/{ADAPTER_WEIGHTS}", f"natural/{ADAPTER_CONFIG}"
 ROBUST_FACTORS, NATURAL_FACTORS = "robust.safetensors", "natural.safetensors"
-# `LoraConfig` fields that shape a branch; the rest is at PEFT's defaults, which `AutoLoraConfig` enforces.
-LORA_FIELDS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights")
 PEFT_PREFIX = "base_model.model."
 _SIDES = ("lora_A", "lora_B")
 
@@ -53,12 +60,15 @@ def weight_files(model: AutoLoraModel) -> tuple[str, str | None]:
     else:
         robust = ADAPTER_WEIGHTS if stock else ROBUST_FACTORS
     if model.autolora_config.natural_route == "branch":
-        return robust, NATURAL_ADAPTER if stock else NATURAL_FACTORS
+        alone = model.autolora_config.mode == "full" or model.autolora_config.branch == "lora"
+        return robust, NATURAL_ADAPTER if stock and alone else NATURAL_FACTORS
     return robust, NATURAL_FACTORS if natural_tensors(model) else None
 
 
 def loads_with_stock_peft(model: AutoLoraModel) -> bool:
-    """Whether PEFT alone has the exact LoRA layer for every branch of this model."""
+    """Whether PEFT alone has the exact layer for every branch of this model."""
+    if model.autolora_config.branch != "lora" and not model.autolora_config.kind.is_pefts:
+        return False
     base, saved = model.get_base_model(), [*model._saved_modules(), *_natural_norms(model)]
     stock = all(name in model.stock_layers for name in model.lora_layers())
     # PEFT matches `modules_to_save` by the plain end of the name.
@@ -87,7 +97,8 @@ def matched_by_suffix(base: nn.Module, names: list[str], separator: str = ".") -
 def base_tensors(model: AutoLoraModel) -> dict[str, Tensor]:
     """The base model's state dict under its own names, as if no branch had been added."""
     base = model.get_base_model()
-    renames = {f"{name}.base_layer.": f"{name}." for name, m in base.named_modules() if isinstance(m, LoraLayer)}
+    branched = {f"{name}.": f"{name}.base_layer." for name in model.lora_layers()}
+    renames = {inner: outer for outer, inner in branched.items()}
     renames |= {
         f"{name}.original_module.": f"{name}."
         for name, m in base.named_modules()
@@ -95,7 +106,8 @@ def base_tensors(model: AutoLoraModel) -> dict[str, Tensor]:
     }
     tensors = {}
     for key, tensor in base.state_dict().items():
-        if re.search(r"\.lora_[AB]\.|\.modules_to_save\.", key):
+        outer = next((prefix for prefix in branched if key.startswith(prefix)), None)
+        if ".modules_to_save." in key or (outer is not None and not key.startswith(branched[outer])):
             continue
         wrapper = next((prefix for prefix in renames if key.startswith(prefix)), None)
         tensors[key if wrapper is None else renames[wrapper] + key[len(wrapper) :]] = tensor
@@ -130,18 +142,21 @@ def _natural_norms(model: AutoLoraModel) -> dict[str, nn.Module]:
 
 
 def _factors(model: AutoLoraModel, adapter: str) -> dict[str, Tensor]:
-    return {
-        f"{name}.{side}": factor(layer, side, adapter).detach()
-        for name, layer in model.lora_layers().items()
-        for side in _SIDES
-    }
+    """The parameters of a branch in all layers; those that layers share once, under the name in the first of them."""
+    owners: dict[nn.Parameter, str] = {}
+    for name, layer in model.lora_layers().items():
+        for key, parameter in branch_parameters(layer, adapter).items():
+            owners.setdefault(parameter, f"{name}.{key}")
+    return {name: parameter.detach() for parameter, name in owners.items()}
 
 
 # ---- files of stock PEFT ----
 
 
-def robust_adapter(model: AutoLoraModel) -> tuple[dict[str, Tensor], LoraConfig]:
+def robust_adapter(model: AutoLoraModel) -> tuple[dict[str, Tensor], PeftConfig]:
     """Mode `adapter`: tensors and configuration of the robust adapter, as PEFT writes them."""
+    if model.autolora_config.branch != "lora":
+        return _single_adapter(model, ROBUST)
     tensors = {}
     for name, layer in model.lora_layers().items():
         tensors |= _named(name, *_unfolded(layer, ROBUST))
@@ -154,11 +169,31 @@ def robust_adapter(model: AutoLoraModel) -> tuple[dict[str, Tensor], LoraConfig]
     return tensors, _stock_config(model, fields, list(model._saved_modules()))
 
 
-def natural_adapter(model: AutoLoraModel) -> tuple[dict[str, Tensor], LoraConfig]:
+def _single_adapter(model: AutoLoraModel, adapter: str) -> tuple[dict[str, Tensor], PeftConfig]:
+    """One branch of another kind than LoRA as an adapter of PEFT's, with head and norms of its route."""
+    natural = adapter == NATURAL
+    tensors = {PEFT_PREFIX + disk: p.detach() for disk, _, p in _stock_parameters(model, adapter)}
+    tensors |= {f"{PEFT_PREFIX}{key}": tensor for key, tensor in saved_tensors(model, natural).items()}
+    modules = list(dict.fromkeys([*model._saved_modules(), *(_natural_norms(model) if natural else ())]))
+    return tensors, _stock_config(model, {}, modules)
+
+
+def _stock_parameters(model: AutoLoraModel, adapter: str) -> list[tuple[str, str, nn.Parameter]]:
+    """For each parameter of a branch its name in PEFT's file, its name in [`_factors`], and itself."""
+    return [
+        (f"{name}.{disk}", f"{name}.{key}", branch_parameters(layer, adapter)[key])
+        for name, layer in model.lora_layers().items()
+        for key, disk in stock_names(layer, adapter).items()
+    ]
+
+
+def natural_adapter(model: AutoLoraModel) -> tuple[dict[str, Tensor], PeftConfig]:
     """Tensors and configuration of the natural route as a PEFT adapter of the base model.
 
     In mode `adapter` that is the sum of two branches, so their factors are put side by side.
     """
+    if model.autolora_config.branch != "lora":
+        return _single_adapter(model, NATURAL)
     tensors, adapter = {}, model.autolora_config.mode == "adapter"
     for name, layer in model.lora_layers().items():
         pairs = [_unfolded(layer, branch) for branch in ((ROBUST, NATURAL) if adapter else (NATURAL,))]
@@ -172,6 +207,9 @@ def natural_adapter(model: AutoLoraModel) -> tuple[dict[str, Tensor], LoraConfig
 
 def robust_factors(model: AutoLoraModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Mode `adapter`: what [`deployed_tensors`] gave before [`robust_adapter`] made a file of it."""
+    if model.autolora_config.branch != "lora":
+        found = {key: tensors[PEFT_PREFIX + disk] for disk, key, _ in _stock_parameters(model, ROBUST)}
+        return found | {key: tensors[f"{PEFT_PREFIX}{key}"] for key in saved_tensors(model)}
     found = {}
     for name, layer in model.lora_layers().items():
         found |= _folded(name, layer, *(tensors[key] for key in _keys(name)))
@@ -184,6 +222,9 @@ def natural_factors(model: AutoLoraModel, tensors: dict[str, Tensor], robust: di
     Raises:
         ValueError: In mode `adapter`, if what the file repeats of the robust route is not in `robust`.
     """
+    if model.autolora_config.branch != "lora":
+        names = {key: PEFT_PREFIX + disk for disk, key, _ in _stock_parameters(model, NATURAL)}
+        return {key: tensors[names.get(key, f"{PEFT_PREFIX}{key}")] for key in natural_tensors(model)}
     found, adapter = {}, model.autolora_config.mode == "adapter"
     for name, layer in model.lora_layers().items():
         first, second = (tensors[key] for key in _keys(name))
@@ -215,7 +256,7 @@ def _named(name: str, first: Tensor, second: Tensor) -> dict[str, Tensor]:
 
 
 def _unfolded(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
-    first, second = (factor(layer, side, adapter).detach() for side in _SIDES)
+    first, second = (branch_parameters(layer, adapter)[side].detach() for side in _SIDES)
     if isinstance(layer, WeightLora) and not isinstance(layer.get_base_layer(), nn.Linear):
         return unfold_factors(first, second, layer.kernel_width)
     return first, second
@@ -248,18 +289,21 @@ def _rank_fields(model: AutoLoraModel, tensors: dict[str, Tensor]) -> dict[str, 
     }
 
 
-def _stock_config(model: AutoLoraModel, fields: dict[str, object], modules_to_save: list[str]) -> LoraConfig:
+def _stock_config(model: AutoLoraModel, fields: dict[str, object], modules_to_save: list[str]) -> PeftConfig:
     base, layers = model.get_base_model(), list(model.lora_layers())
     # In mode `full` the natural branch belongs on the model beside it, whose name on the Hub is not known here.
     adapter = model.autolora_config.mode == "adapter"
-    config = LoraConfig(
-        **fields,
-        target_modules=matched_by_suffix(base, layers) or targets.exactly(layers),
-        modules_to_save=modules_to_save or None,
-        inference_mode=True,
-        base_model_name_or_path=model.backbone["name_or_path"] if adapter else None,
-        revision=model.backbone["revision"] if adapter else None,
-    )
+    options = {
+        "target_modules": matched_by_suffix(base, layers) or targets.exactly(layers),
+        "modules_to_save": modules_to_save or None,
+        "inference_mode": True,
+        "base_model_name_or_path": model.backbone["name_or_path"] if adapter else None,
+        "revision": model.backbone["revision"] if adapter else None,
+    }
+    if model.autolora_config.branch == "lora":
+        config: PeftConfig = LoraConfig(**fields, **options)
+    else:
+        config = branches.peft_config(model.autolora_config, **options)
     if isinstance(config.target_modules, set):
         # PEFT makes a set of a list, whose order would differ from one process to the next, and the file with it.
         config.target_modules = sorted(config.target_modules)

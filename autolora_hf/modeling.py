@@ -7,23 +7,23 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import CommitInfo
-from peft import LoraConfig, PeftModel
-from peft.tuners.lora.layer import LoraLayer
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from . import backbones, checkpointing, saving, targets
-from .attacks.pgd import forget_cached, logits_of
+from . import backbones, branches, checkpointing, saving, targets
+from .attacks.pgd import forget_cached
 from .checks import text
 from .config import AutoLoraConfig, ThreatModel
-from .layers import WeightLora, factor, fix_statistics
-from .pixels import Normalize, Preprocessing
+from .layers import branch_parameters, fix_statistics
+from .pixel_model import PixelModel
+from .pixels import Preprocessing
 from .routes import NATURAL, ROBUST, Route, RouteSwitch
 
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .evaluation import RobustnessReport
 
 
-class AutoLoraModel(PeftModel):
+class AutoLoraModel(checkpointing.Checkpointed, PeftModel):
     """A vision classifier with a deployed robust route and, unless it is left out, a natural route for training
     (AutoLoRa, Xu et al., ICLR 2024).
 
@@ -63,22 +63,17 @@ class AutoLoraModel(PeftModel):
     ) -> None:
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         norms = list(targets.statistics_norms(model))
-        self._check_norm_mode(config, norms)
-        self._check_dropout(config, stock_layers)
+        branches.check(config, norms, stock_layers)
 
-        def branch(**changes: Any) -> LoraConfig:
-            # PEFT's own word for an adapter that sits on no layer at all.
-            names = targets.exactly(config.target_modules) or DUMMY_TARGET_MODULES
-            lora = config.lora_config(target_modules=names, **changes)
-            lora._register_custom_module({nn.Module: partial(_branch_layer, config.layout, stock_layers)})
-            return lora
-
+        # PEFT's own word for an adapter that sits on no layer at all.
+        names = targets.exactly(config.target_modules) or DUMMY_TARGET_MODULES
+        made = [branches.peft_config(config, stock_layers, target_modules=names) for _ in range(2)]
         if config.mode == "full":
-            super().__init__(model, branch(), adapter_name=NATURAL)
+            super().__init__(model, made[0], adapter_name=NATURAL)
         else:
-            super().__init__(model, branch(), adapter_name=ROBUST)
+            super().__init__(model, made[0], adapter_name=ROBUST)
             if config.natural_route == "branch":
-                self.add_adapter(NATURAL, branch())
+                self.add_adapter(NATURAL, made[1])
             # As PEFT does for `modules_to_save`, which however matches the ends of names and can catch other layers.
             for name in [*config.heads, *norms, *(config.modules_to_save or [])]:
                 wrapper = ModulesToSaveWrapper(model.get_submodule(name), ROBUST)
@@ -97,6 +92,7 @@ class AutoLoraModel(PeftModel):
         self.auxiliary = nn.ModuleDict()
         self._heads_only = False
         self._held_back: list[nn.Parameter] = []
+        branches.finish(self.lora_layers(), config, self.adapters)
         self._restore_trainable(trainable)
         # New modules start in train mode, whatever mode the model is in.
         for layer in self.lora_layers().values():
@@ -105,25 +101,6 @@ class AutoLoraModel(PeftModel):
             wrapper = model.get_submodule(name)
             wrapper.train(wrapper.original_module.training)
         self._switch = self._build_routes(norms)
-
-    @staticmethod
-    def _check_norm_mode(config: AutoLoraConfig, norms: list[str]) -> None:
-        if config.norm != "shared" and not norms:
-            raise ValueError(
-                f"`norm={config.norm!r}` is about the running statistics of BatchNorm, and this model has none: "
-                "use `norm='shared'`."
-            )
-
-    @staticmethod
-    def _check_dropout(config: AutoLoraConfig, stock_layers: frozenset[str]) -> None:
-        others = [name for name in config.target_modules if name not in stock_layers]
-        if config.lora_dropout and others:
-            raise ValueError(
-                f"`lora_dropout={config.lora_dropout}` is not possible on {', '.join(others[:5])}"
-                + (f" and {len(others) - 5} more" if len(others) > 5 else "")
-                + ": their branch is a change of the weight, which has no input of its own to drop from. Leave them "
-                "out of `target_modules`, or leave `lora_dropout` at 0."
-            )
 
     def _restore_trainable(self, trainable: list[nn.Parameter]) -> None:
         """PEFT freezes everything but the active adapter; here several parts train at once."""
@@ -188,16 +165,18 @@ class AutoLoraModel(PeftModel):
 
     # ---- structure ----
 
-    def lora_layers(self) -> dict[str, LoraLayer]:
-        """Layers that carry a branch, by their name in the base model."""
+    def lora_layers(self) -> dict[str, BaseTunerLayer]:
+        """Layers that carry a branch, of LoRA or another kind, by their name in the base model."""
         return {
-            name: module for name, module in self.get_base_model().named_modules() if isinstance(module, LoraLayer)
+            name: module
+            for name, module in self.get_base_model().named_modules()
+            if isinstance(module, BaseTunerLayer)
         }
 
     def _branch_parameters(self, adapter: str) -> list[nn.Parameter]:
         """The parameters of one branch, in every layer."""
         layers = self.lora_layers().values()
-        return [factor(layer, side, adapter) for layer in layers for side in ("lora_A", "lora_B")]
+        return [parameter for layer in layers for parameter in branch_parameters(layer, adapter).values()]
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -338,8 +317,14 @@ class AutoLoraModel(PeftModel):
 
     def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False) -> nn.Module:
         """The deployed robust model as a plain module: in mode `full` the backbone itself, without the natural branch;
-        in mode `adapter` the backbone with the robust adapter merged. This model is used up."""
+        in mode `adapter` the backbone with the robust adapter merged. This model is used up.
+
+        Raises:
+            ValueError: In mode `adapter`, if branches of this kind cannot be merged.
+        """
         # Not PEFT's own, which takes any module with an attribute `base_layer` for one of its layers (timm's DLA).
+        if self.autolora_config.mode == "adapter":
+            branches.check_mergeable(self.lora_layers(), self.autolora_config, [ROBUST])
         self._switch.rest_in(ROBUST)
         if self.autolora_config.mode == "adapter":
             for layer in self.lora_layers().values():
@@ -362,50 +347,6 @@ class AutoLoraModel(PeftModel):
             "Merging in place would break the two routes of an AutoLoraModel. Use `merge_and_unload()` for a plain "
             "robust model."
         )
-
-    # ---- activation checkpointing ----
-
-    def activation_checkpointing_enable(
-        self,
-        activation_checkpointing_kwargs: dict[str, Any] | None = None,
-        every_n_layers: int = 1,
-        offload: bool = False,
-    ) -> None:
-        """Saves memory in training: blocks keep only their input and run again, in their route, in the backward pass.
-
-        Args:
-            activation_checkpointing_kwargs (`dict`, *optional*): Options of `torch.utils.checkpoint.checkpoint`, for
-                transformers models.
-            every_n_layers (`int`), offload (`bool`): As in transformers, for its models: checkpoint only every n-th
-                block; keep the inputs of blocks in the host's memory.
-
-        Raises:
-            ValueError: If the library has no activation checkpointing for this architecture, or for reentrant
-                checkpointing, whose gradients would be wrong.
-        """
-        checkpointing.enable(self.get_base_model(), activation_checkpointing_kwargs, every_n_layers, offload)
-
-    def activation_checkpointing_disable(self) -> None:
-        """Turns activation checkpointing off."""
-        checkpointing.disable(self.get_base_model())
-
-    @property
-    def is_activation_checkpointing(self) -> bool:
-        return checkpointing.is_enabled(self.get_base_model())
-
-    # The older names of transformers, which would otherwise reach the network inside.
-
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
-
-    def gradient_checkpointing_disable(self) -> None:
-        self.activation_checkpointing_disable()
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        return self.is_activation_checkpointing
 
     # ---- saving ----
 
@@ -458,30 +399,3 @@ class AutoLoraModel(PeftModel):
             ValueError: If anything is missing, left over or of another shape; nothing is changed then.
         """
         saving.load_weights(self, directory)
-
-
-def _branch_layer(
-    layout: str, stock_layers: frozenset[str], target: nn.Module, adapter_name: str, *, target_name: str, **kwargs: Any
-) -> WeightLora | None:
-    """The layer with a branch around `target`; `None` for PEFT's own."""
-    if layout == "peft" and target_name in stock_layers:
-        return None
-    return WeightLora(target, adapter_name, layout=layout, **kwargs)
-
-
-class PixelModel(nn.Module):
-    """One route of a model as a function of pixels in [0, 1]; see [`AutoLoraModel.pixel_space`]."""
-
-    def __init__(self, model: AutoLoraModel, route: str) -> None:
-        super().__init__()
-        self.model = model
-        self.route = model._switch._checked(route)
-        reference = next(model.parameters())
-        dtype = torch.promote_types(reference.dtype, torch.float32)
-        self.normalize = Normalize(model.preprocessing, dtype).to(reference.device)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        # Normalised in the precision of the pixels: rounding before it could swallow a small perturbation.
-        images = self.normalize(pixels).to(next(self.model.parameters()).dtype)
-        with self.model.own_precision(), self.model.route(self.route):
-            return logits_of(self.model(images))

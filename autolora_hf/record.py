@@ -32,6 +32,7 @@ from .checks import (
 )
 from .config import AutoLoraConfig, ThreatModel
 from .files import inside, read_json, write_json
+from .layers import BRANCHES
 from .pixels import MOST_PIXELS, Preprocessing
 from .untrusted import check_network
 
@@ -84,6 +85,10 @@ class Record:
     @property
     def natural_route(self) -> str:
         return self.config.get("natural_route", "branch")
+
+    @property
+    def branch(self) -> str:
+        return self.config.get("branch", "lora")
 
     def rank(self, layer: str) -> int:
         """Rank of the branches of one layer."""
@@ -209,7 +214,13 @@ _RECORD = json_object(
                 "modules_to_save": optional(list_of(layer_name, _MOST_LAYERS)),
             },
             # Files of earlier releases do not have them.
-            {"natural_route": one_of("branch", "plain", "none"), "stop_gradient": boolean},
+            {
+                "natural_route": one_of("branch", "plain", "none"),
+                "stop_gradient": boolean,
+                "branch": one_of(*BRANCHES),
+                # Each kind checks its own, see [`AutoLoraConfig`].
+                "branch_args": mapping(line, plain_json, 50),
+            },
         ),
         "backbone": json_object(
             {

@@ -34,12 +34,12 @@ from .files import (
     write_json,
 )
 from .fingerprint import fingerprint
+from .layers import LORA_FIELDS, can_merge
 from .layout import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     BASE_CONFIG,
     BASE_WEIGHTS,
-    LORA_FIELDS,
     NATURAL_ADAPTER,
     NATURAL_CONFIG,
     NATURAL_FACTORS,
@@ -92,9 +92,10 @@ def save(model: AutoLoraModel, directory: str | os.PathLike) -> None:
     robust_file, natural_file = weight_files(model)
     if ROBUST_FACTORS == robust_file:
         logger.warning(
-            "Stock PEFT has no exact LoRA layer for every branch of this adapter, so it is saved as %s, which "
-            "`load_autolora_model` reads. `merge_and_unload()` gives a plain model.",
+            "Stock PEFT has no exact layer for every branch of this adapter, so it is saved as %s, which "
+            "`load_autolora_model` reads.%s",
             ROBUST_FACTORS,
+            " `merge_and_unload()` gives a plain model." if _merges(model) else "",
         )
     # A route may have its own norms in the place of the others: those of the deployed one are saved as the model's.
     with model.route(ROBUST), staged(directory, last=RECORD) as folder:
@@ -126,7 +127,8 @@ def save_plain(model: AutoLoraModel, directory: str | os.PathLike) -> None:
     without PEFT and without this package. The model itself stays as it is.
 
     Raises:
-        ValueError: If the architecture was changed by hand, so that its library could not build it again.
+        ValueError: If the architecture was changed by hand, so that its library could not build it again; or if the
+            robust branch is of a kind that cannot be merged.
     """
     if model.backbone["config"] is None:
         raise ValueError(
@@ -136,6 +138,10 @@ def save_plain(model: AutoLoraModel, directory: str | os.PathLike) -> None:
     network = copy.deepcopy(model).merge_and_unload()
     with staged(Path(directory), last=BASE_WEIGHTS) as folder:
         _save_base(model, network.state_dict(), folder)
+
+
+def _merges(model: AutoLoraModel) -> bool:
+    return all(can_merge(layer, [ROBUST]) for layer in model.lora_layers().values())
 
 
 def _files_of_an_earlier_save(directory: Path) -> list[str]:
@@ -188,13 +194,14 @@ def make_record(model: AutoLoraModel) -> Record:
     values["target_modules"] = sorted(layers)
     values["modules_to_save"] = list(config.modules_to_save or []) or None
     # Every branch of a layer has the same rank.
-    adapter = next(iter(model.peft_config))
-    values["rank_pattern"] = {name: layer.r[adapter] for name, layer in layers.items() if layer.r[adapter] != config.r}
-    values["alpha_pattern"] = {
-        name: layer.lora_alpha[adapter]
-        for name, layer in layers.items()
-        if layer.lora_alpha[adapter] != config.lora_alpha
-    }
+    adapter, known = next(iter(model.peft_config)), config.kind.fields
+    for pattern, attribute in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+        usual = getattr(config, attribute)
+        values[pattern] = {
+            name: getattr(layer, attribute)[adapter]
+            for name, layer in layers.items()
+            if pattern in known and getattr(layer, attribute)[adapter] != usual
+        }
     return Record(
         config=values,
         backbone=model.backbone,

@@ -6,23 +6,22 @@ layer inside the repeated blocks (composite elements of an `nn.Sequential` or `n
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from timm.layers import Conv2dSame, FrozenBatchNormAct2d
-from timm.layers import Linear as TimmLinear
+from timm.layers import FrozenBatchNormAct2d
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from .attacks.pgd import attack_mode, logits_of
 from .checks import listed
 from .config import AutoLoraConfig
-from .layers import factor, weight_name
+from .layers import Use, branch_parameters, in_stock_peft, weight_name
 
 
 # ---- norms ----
@@ -41,33 +40,15 @@ def statistics_norms(model: nn.Module) -> dict[str, nn.Module]:
 # ---- layers that get a branch ----
 
 
-@dataclass
-class Use:
-    """How one forward pass uses a layer.
-
-    Args:
-        called (`bool`): The layer was called.
-        read (`set[str]`): Attributes that were read past its call, such as `weight`.
-    """
-
-    called: bool = False
-    read: set[str] = field(default_factory=set)
-
-    @property
-    def any(self) -> bool:
-        """The pass depends on the layer in one way or the other."""
-        return self.called or bool(self.read)
-
-
 class _Watched(nn.Module):
     """Stands in for a layer and writes down how it is used."""
 
-    def __init__(self, layer: nn.Module, use: Use) -> None:
+    def __init__(self, layer: nn.Module, use: Use, calls: Iterator[int]) -> None:
         super().__init__()
-        self.layer, self.use = layer, use
+        self.layer, self.use, self.calls = layer, use, calls
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.use.called = True
+        self.use.called, self.use.order = True, next(self.calls)
         return self.layer(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -85,7 +66,7 @@ def watch_layers(model: nn.Module, example: Tensor) -> dict[str, Use]:
         model (`nn.Module`): A timm or transformers image classifier.
         example (`Tensor`): One normalised image, 1 x 3 x H x W.
     """
-    uses, replaced = {}, []
+    uses, replaced, calls = {}, [], itertools.count(1)
     # A layer that sits in several places would get a branch in only one of them, and a weight that two layers share
     # would be changed for both when one is merged.
     places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
@@ -96,7 +77,7 @@ def watch_layers(model: nn.Module, example: Tensor) -> dict[str, Use]:
         if _can_carry(module) and not shared and not inside:
             uses[name] = Use()
             replaced.append((_parent(model, name), name.rpartition(".")[2], module))
-            replaced[-1][0]._modules[replaced[-1][1]] = _Watched(module, uses[name])
+            replaced[-1][0]._modules[replaced[-1][1]] = _Watched(module, uses[name], calls)
     try:
         with attack_mode(model), torch.no_grad():
             model(example)
@@ -112,24 +93,6 @@ def _can_carry(module: nn.Module) -> bool:
     convolution = isinstance(module, nn.modules.conv._ConvNd) and not module.transposed
     # A parametrised weight is computed when it is read, which may change the layer's state.
     return (convolution or isinstance(module, nn.Linear)) and module._parameters.get("weight") is not None
-
-
-def in_stock_peft(module: nn.Module, use: Use) -> bool:
-    """Whether PEFT's own LoRA layer around `module` computes what it should.
-
-    It adds the branch to the output of a call, so the weight must not be used in any other way, and it has no right
-    counterpart of grouped, dilated or standardised convolutions.
-    """
-    if not use.called or use.read - {"bias", "in_features", "out_features"}:
-        return False
-    if isinstance(module, nn.Linear):
-        return type(module).forward in (nn.Linear.forward, TimmLinear.forward)
-    return (
-        type(module) in (nn.Conv2d, Conv2dSame)
-        and module.groups == 1
-        and module.dilation == (1, 1)
-        and module.padding_mode == "zeros"
-    )
 
 
 def block_names(model: nn.Module) -> set[str]:
@@ -186,6 +149,30 @@ def resolve_targets(
             f"the first one and the classification layer ({listed(heads)}) takes part in its forward pass."
         )
     return targets
+
+
+def mlp_outputs(model: nn.Module, names: list[str], uses: dict[str, Use]) -> list[str]:
+    """The last linear layer of the MLP of each block, among `names`.
+
+    That is the linear layer which is called last among those of the smallest block that holds at least two of them.
+
+    Args:
+        model (`nn.Module`): A timm or transformers image classifier.
+        names (`list[str]`): Layers in its blocks.
+        uses (`dict[str, Use]`): What [`watch_layers`] saw.
+    """
+    linears = [name for name in names if isinstance(model.get_submodule(name), nn.Linear) and uses[name].called]
+    blocks = block_names(model)
+    owned: dict[str, list[str]] = {}
+    for name in linears:
+        parts = name.split(".")
+        around = [".".join(parts[:depth]) for depth in range(len(parts) - 1, 0, -1)]
+        for block in around:
+            if block in blocks and sum(other.startswith(f"{block}.") for other in linears) > 1:
+                owned.setdefault(block, []).append(name)
+                break
+    last = {max(group, key=lambda name: uses[name].order) for group in owned.values() if len(group) > 1}
+    return [name for name in names if name in last]
 
 
 def requested_targets(
@@ -295,17 +282,14 @@ def check_alive(model: nn.Module, images: Tensor) -> None:
         for name, module in model.named_modules()
         if isinstance(module, BaseTunerLayer)
     }
-    factors = {
-        name: [
-            factor(layer, side, adapter)
-            for adapter in layer.active_adapters
-            for side in ("lora_A", "lora_B")
-            if adapter in getattr(layer, side)
-        ]
+    # Parameters that the route only passes through are blocked; the trained ones sit in the same layers.
+    owners = [
+        (name, parameter)
         for name, layer in layers.items()
-    }
-    # Factors that the route only passes through are blocked; the trained ones sit in the same layers.
-    owners = [(name, p) for name, parameters in factors.items() for p in parameters if p.requires_grad]
+        for adapter in layer.active_adapters
+        for parameter in branch_parameters(layer, adapter).values()
+        if parameter.requires_grad
+    ]
     try:
         loss = logits_of(model(images)).square().sum()
     except ValueError:  # says what is wrong by itself

@@ -14,7 +14,7 @@ from torch import nn
 
 from autolora_hf import PGD, Preprocessing, ThreatModel, get_autolora_model
 from autolora_hf.frozen import FrozenRoute
-from autolora_hf.layers.weight import factor
+from autolora_hf.layers import branch_parameters
 from autolora_hf.objectives import AutoLora, Batch
 from autolora_hf.schedules import LossScalars
 
@@ -51,8 +51,9 @@ def test_the_released_step_is_the_same_mathematics(build):
     with torch.no_grad():
         for name, layer in layers.items():
             for side in ("lora_A", "lora_B"):
-                value = 0.05 * torch.randn_like(factor(layer, side, "natural"))
-                for target in (factor(layer, side, "natural"), getattr(plain.network.get_submodule(name), side)):
+                live = branch_parameters(layer, "natural")[side]
+                value = 0.05 * torch.randn_like(live)
+                for target in (live, getattr(plain.network.get_submodule(name), side)):
                     target.copy_(value)
 
     pixels, labels = torch.rand(6, 3, SIZE, SIZE, dtype=torch.float64), torch.randint(5, (6,))

@@ -13,6 +13,7 @@ COMMANDS = {
     "release": "a measured release of a model, or of a small adapter extracted from it, with its card",
     "push": "publish a release on the Hugging Face Hub",
     "verify": "measure again what the card of a published model claims",
+    "convert": "a timm checkpoint of a robust checkpoint of the field (ACL, DynACL, MadryLab, RobustBench, ...)",
     "export": "an ONNX file or a plain checkpoint of a saved model",
 }
 

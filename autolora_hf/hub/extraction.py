@@ -29,7 +29,7 @@ from ..digests import backbone_digest
 from ..evaluation import RobustnessReport, evaluate_robustness
 from ..evaluation.report import Accuracy
 from ..factory import get_autolora_model
-from ..layers import factor
+from ..layers import branch_parameters
 from ..modeling import AutoLoraModel
 from ..pixels import Normalize
 from ..routes import ROBUST
@@ -346,7 +346,7 @@ def _build(change: WeightChange, ranks: dict[str, int]) -> AutoLoraModel:
             # Both factors get the square root, so that both have gradients of like size if a training follows.
             root = part.sigma[:rank].sqrt()
             for side, value in (("lora_A", root[:, None] * part.right[:rank]), ("lora_B", part.left[:, :rank] * root)):
-                target = factor(layer, side, ROBUST)
+                target = branch_parameters(layer, ROBUST)[side]
                 target.copy_(value.reshape(target.shape))
         for name, module in model._saved_modules().items():
             module.load_state_dict({key: change.robust[f"{name}.{key}"] for key in module.state_dict()})
@@ -356,7 +356,7 @@ def _build(change: WeightChange, ranks: dict[str, int]) -> AutoLoraModel:
 
 
 def _stored_values(model: AutoLoraModel) -> int:
-    factors = [factor(layer, side, ROBUST) for layer in model.lora_layers().values() for side in ("lora_A", "lora_B")]
+    factors = [p for layer in model.lora_layers().values() for p in branch_parameters(layer, ROBUST).values()]
     saved = [tensor for module in model._saved_modules().values() for tensor in module.state_dict().values()]
     return sum(tensor.numel() for tensor in [*factors, *saved])
 

@@ -14,28 +14,80 @@ from typing import Any
 
 import torch.nn.functional as F
 from peft import LoraConfig
-from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.func import functional_call
+
+from .base import BranchLayer
 
 
 def _is_hooked(layer: nn.Module) -> bool:
     return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
 
 
-def weight_name(layer: nn.Module) -> str:
-    """Name of the parameter of `layer` that a branch changes."""
-    return "in_proj_weight" if isinstance(layer, nn.MultiheadAttention) else "weight"
+class WeightBranch(BranchLayer):
+    """Wraps a layer and adds a change to its weight for each adapter; subclasses say which.
+
+    Attributes of the layer can be read through the wrapper; its weight then is the changed one.
+    """
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Change of the weight that `adapter` makes, in the weight's shape."""
+        raise NotImplementedError
+
+    @property
+    def _base_weight(self) -> nn.Parameter:
+        return getattr(self.base_layer, self.parameter_name)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight with the changes of the active adapters; the layer's own one if none is active."""
+        weight = self._base_weight
+        for name in self._live_adapters():
+            weight = weight + self.get_delta_weight(name).to(weight.dtype)
+        return weight
+
+    def __getattr__(self, name: str) -> Any:
+        if name == self.__dict__.get("parameter_name"):
+            return self.weight
+        return super().__getattr__(name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        base_layer = self.base_layer
+        if not self._live_adapters():
+            return base_layer(*args, **kwargs)
+        weight = self.weight
+        # The two common kinds, without the overhead of the general way.
+        if len(args) == 1 and not kwargs and not _is_hooked(base_layer):
+            if type(base_layer).forward is nn.Linear.forward:
+                return F.linear(args[0], weight, base_layer.bias)
+            if type(base_layer).forward is nn.Conv2d.forward:
+                return base_layer._conv_forward(args[0], weight, base_layer.bias)
+        return functional_call(base_layer, {self.parameter_name: weight}, args, kwargs)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        for name in check_adapters_to_merge(self, adapter_names) or []:
+            if name not in self._get_available_adapters():
+                continue
+            weight = self._base_weight
+            merged = weight.data + self.get_delta_weight(name).to(weight.dtype)
+            if safe_merge and not merged.isfinite().all():
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            weight.data = merged
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        while self.merged_adapters:
+            weight = self._base_weight
+            weight.data -= self.get_delta_weight(self.merged_adapters.pop()).to(weight.dtype)
 
 
-def factor(layer: LoraLayer, side: str, adapter: str) -> nn.Parameter:
-    """The `lora_A` or `lora_B` parameter of one adapter, for PEFT's layers and ours."""
-    value = getattr(layer, side)[adapter]
-    return value if isinstance(value, nn.Parameter) else value.weight
-
-
-class WeightLora(nn.Module, LoraLayer):
+class WeightLora(WeightBranch):
     """Wraps a layer and adds low-rank changes to its weight, one for each adapter.
 
     The change is `reshape(B A, shape of the weight) * lora_alpha / r`. For a weight of `c_out x c_in x k x k`:
@@ -47,33 +99,11 @@ class WeightLora(nn.Module, LoraLayer):
     A linear layer is the case k = 1, where both are the same. With groups, `c_in` is the number of input channels of
     one group, and the rank is at most that of the weight. A kernel with sides `k_1`, `k_2` has `r min(k_1, k_2)`,
     `c_in k_2` and `c_out k_1` in the released layout.
-
-    Attributes of the layer can be read through the wrapper; its weight then is the changed one.
     """
 
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        config: LoraConfig,
-        r: int = 0,
-        lora_alpha: int = 1,
-        layout: str = "released",
-        **kwargs: Any,
-    ) -> None:
-        super().__init__()
+    def __init__(self, *args: Any, layout: str = "released", **kwargs: Any) -> None:
         self.layout = layout
-        self.parameter_name = weight_name(base_layer)
-        LoraLayer.__init__(self, base_layer)
-        # Bare parameters instead of PEFT's inner layers: the factors are matrices, whatever the layer is.
-        self.lora_A = nn.ParameterDict({})
-        self.lora_B = nn.ParameterDict({})
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
-
-    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-        weight = getattr(module, self.parameter_name)
-        return weight.shape[1] * getattr(module, "groups", 1), weight.shape[0]
+        super().__init__(*args, **kwargs)
 
     @property
     def kernel_width(self) -> int:
@@ -81,13 +111,8 @@ class WeightLora(nn.Module, LoraLayer):
         kernel = self._base_weight.shape[2:]
         return min(kernel[0], math.prod(kernel[1:])) if kernel else 1
 
-    @property
-    def _base_weight(self) -> nn.Parameter:
-        return getattr(self.base_layer, self.parameter_name)
-
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
-        if r <= 0:
-            raise ValueError(f"`r` should be a positive integer value but the value passed is {r}")
+        self._scale(adapter_name, r, lora_alpha, config)
         weight = self._base_weight
         rows, rank = weight.shape[0], r
         if self.layout == "released":
@@ -96,11 +121,6 @@ class WeightLora(nn.Module, LoraLayer):
         if getattr(self.base_layer, "groups", 1) > 1:
             # One group is often narrower than the rank: more factors than this could not change more.
             rank = min(rank, rows, columns)
-        self.r[adapter_name] = r
-        self.lora_alpha[adapter_name] = lora_alpha
-        self.scaling[adapter_name] = lora_alpha / (r**0.5 if config.use_rslora else r)
-        self.use_rslora[adapter_name] = config.use_rslora
-        self.lora_bias[adapter_name] = False
         self.lora_A[adapter_name] = nn.Parameter(weight.new_empty(rank, columns))
         self.lora_B[adapter_name] = nn.Parameter(weight.new_zeros(rows, rank))
         self._initialise(adapter_name, config.init_lora_weights)
@@ -121,65 +141,6 @@ class WeightLora(nn.Module, LoraLayer):
         """Change of the weight that `adapter` makes, in the weight's shape."""
         delta = self.lora_B[adapter] @ self.lora_A[adapter]
         return delta.view(self._base_weight.shape) * self.scaling[adapter]
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight with the changes of the active adapters; the layer's own one if none is active."""
-        weight = self._base_weight
-        for name in self._live_adapters():
-            weight = weight + self.get_delta_weight(name).to(weight.dtype)
-        return weight
-
-    def _live_adapters(self) -> list[str]:
-        if self.disable_adapters or self.merged:
-            return []
-        return [name for name in self.active_adapters if name in self.lora_A]
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            # Without this test a half-built or unpickled wrapper would look for its base layer for ever.
-            if name in ("base_layer", "parameter_name") or "parameter_name" not in self.__dict__:
-                raise
-        return self.weight if name == self.parameter_name else getattr(self.base_layer, name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        base_layer = self.base_layer
-        if not self._live_adapters():
-            return base_layer(*args, **kwargs)
-        weight = self.weight
-        # The two common kinds, without the overhead of the general way.
-        if len(args) == 1 and not kwargs and not _is_hooked(base_layer):
-            if type(base_layer).forward is nn.Linear.forward:
-                return F.linear(args[0], weight, base_layer.bias)
-            if type(base_layer).forward is nn.Conv2d.forward:
-                return base_layer._conv_forward(args[0], weight, base_layer.bias)
-        return functional_call(base_layer, {self.parameter_name: weight}, args, kwargs)
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        for name in check_adapters_to_merge(self, adapter_names) or []:
-            if name not in self.lora_A:
-                continue
-            weight = self._base_weight
-            merged = weight.data + self.get_delta_weight(name).to(weight.dtype)
-            if safe_merge and not merged.isfinite().all():
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            weight.data = merged
-            self.merged_adapters.append(name)
-
-    def unmerge(self) -> None:
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        while self.merged_adapters:
-            weight = self._base_weight
-            weight.data -= self.get_delta_weight(self.merged_adapters.pop()).to(weight.dtype)
-
-    def __repr__(self) -> str:
-        return "autolora." + super().__repr__()
 
 
 def unfold_factors(lora_a: Tensor, lora_b: Tensor, width: int) -> tuple[Tensor, Tensor]:

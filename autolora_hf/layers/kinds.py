@@ -1,0 +1,204 @@
+"""The kinds of branch: what each is called, which layers it can sit on, what can be set, whether it can be merged.
+
+`lora`, `lnlora`, `foura`, `efft` and `adakron` are layers of this package. The others are PEFT's own tuners, made by
+its own machinery, so that stock PEFT loads what is saved of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from peft import LoraConfig, PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.oft.layer import OFTLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..checks import Check, boolean, integer, number, one_of, optional
+from .base import BranchLayer
+from .efft import WeightEfft
+from .foura import GatedFoura, WeightFoura
+from .output import AdaKron, LNLora, OutputBranch, takes_patches
+from .uses import Use, in_stock_peft, is_only_called
+from .weight import WeightLora
+
+
+_SHARE = number(0, 1)
+_MOST = 65_536
+# Fields of `LoraConfig` that shape a branch of plain LoRA. What a kind does not know must be left at its default.
+LORA_FIELDS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights")
+
+
+@dataclass(frozen=True)
+class BranchKind:
+    """One kind of branch.
+
+    Args:
+        name (`str`): What `AutoLoraConfig.branch` calls it.
+        fits (`Callable`): `(layer, use) -> bool`: whether it computes the right thing on a layer that is used so.
+        where (`str`): The layers that it fits, in words.
+        fields (`tuple[str, ...]`): The fields of `LORA_FIELDS` that it knows.
+        arguments (`dict[str, Check]`): What `AutoLoraConfig.branch_args` may hold, with a check of each value.
+        layer (`type[BranchLayer]`, *optional*): This package's layer; `None`: PEFT's.
+        config (`type[PeftConfig]`): PEFT's configuration class.
+        fixed (`dict`): Fields of that class that are always set.
+        multiple (`int`): The rank must be a multiple of it.
+    """
+
+    name: str
+    fits: Callable[[nn.Module, Use], bool]
+    where: str
+    fields: tuple[str, ...] = ("r",)
+    arguments: dict[str, Check] = field(default_factory=dict)
+    layer: type[BranchLayer] | None = None
+    config: type[PeftConfig] = LoraConfig
+    fixed: dict[str, Any] = field(default_factory=dict)
+    multiple: int = 1
+
+    @property
+    def is_pefts(self) -> bool:
+        """Whether it is a tuner of PEFT's own."""
+        return self.layer is None
+
+
+def _anywhere(module: nn.Module, use: Use) -> bool:
+    return use.any
+
+
+def _plain_linear(module: nn.Module, use: Use) -> bool:
+    return isinstance(module, nn.Linear) and in_stock_peft(module, use)
+
+
+def _plain(module: nn.Module, use: Use) -> bool:
+    # Not timm's "same" padded ones, whose padding is computed in their forward.
+    return in_stock_peft(module, use) and (isinstance(module, nn.Linear) or type(module) is nn.Conv2d)
+
+
+def _token_wise(module: nn.Module, use: Use) -> bool:
+    return is_only_called(module, use) and (isinstance(module, nn.Linear) or takes_patches(module))
+
+
+_ANYWHERE = "convolutions, linear layers and attention"
+_LINEAR = "linear layers that are called"
+_PLAIN = "linear layers and plain convolutions that are called"
+_PATCHES = "linear layers and convolutions of patches side by side that are called"
+_SCALED = ("r", "lora_alpha", "use_rslora")
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+_RANK = integer(1, _MOST)
+
+
+def _pefts(name: str, where: str = _PLAIN, config: type[PeftConfig] | None = None, **options: Any) -> BranchKind:
+    fits = _plain_linear if where == _LINEAR else _plain
+    if config is None:
+        config = PEFT_TYPE_TO_CONFIG_MAPPING[name.upper()]
+    return BranchKind(name, fits, where, config=config, **options)
+
+
+_LYCORIS = {
+    "alpha": number(-1e6, 1e6),
+    "rank_dropout": _SHARE,
+    "module_dropout": _SHARE,
+    "use_effective_conv2d": boolean,
+}
+
+BRANCHES: dict[str, BranchKind] = {
+    kind.name: kind
+    for kind in (
+        BranchKind("lora", _anywhere, _ANYWHERE, fields=LORA_FIELDS, layer=WeightLora),
+        BranchKind("lnlora", _token_wise, _PATCHES, fields=(*_SCALED, *_PATTERNS), layer=LNLora),
+        BranchKind(
+            "foura",
+            _anywhere,
+            _ANYWHERE,
+            fields=(*_SCALED, *_PATTERNS),
+            arguments={"gate": optional(one_of("hard"))},
+            layer=WeightFoura,
+        ),
+        BranchKind("efft", _anywhere, _ANYWHERE, fields=_SCALED, layer=WeightEfft),
+        BranchKind(
+            "adakron",
+            is_only_called,
+            "linear layers and convolutions that are called",
+            fields=("r", "rank_pattern"),
+            layer=AdaKron,
+            multiple=AdaKron.SECOND,
+        ),
+        _pefts("dora", config=LoraConfig, fixed={"use_dora": True}, fields=LORA_FIELDS),
+        _pefts("loha", arguments=_LYCORIS),
+        _pefts(
+            "lokr",
+            arguments={
+                **_LYCORIS,
+                "decompose_both": boolean,
+                "decompose_factor": integer(-1, _MOST),
+                "rank_dropout_scale": boolean,
+            },
+        ),
+        # Starts at the identity in pairs of reflections.
+        _pefts("hra", arguments={"apply_GS": boolean}, multiple=2),
+        _pefts("ia3", fixed={"feedforward_modules": []}, fields=()),
+        _pefts("hira", arguments={"hira_dropout": _SHARE}),
+        # PEFT's rotation of a convolution's input is not the identity at the start.
+        _pefts(
+            "oft",
+            _LINEAR,
+            fields=(),
+            arguments={
+                "r": integer(0, _MOST),
+                "oft_block_size": integer(0, _MOST),
+                "module_dropout": _SHARE,
+                "block_share": boolean,
+                "use_cayley_neumann": boolean,
+                "num_cayley_neumann_terms": integer(1, 64),
+            },
+        ),
+        _pefts("miss", _LINEAR, arguments={"miss_dropout": _SHARE}),
+        _pefts(
+            "road",
+            _LINEAR,
+            fields=(),
+            arguments={"variant": one_of("road_1", "road_2", "road_4"), "group_size": integer(2, _MOST)},
+        ),
+    )
+}
+# PEFT's tuners that cannot be a branch, and why.
+REFUSED = {
+    "boft": "it keeps a matrix as large as the square of each layer's width, and computes something else where its "
+    "CUDA extension cannot be built; `branch='oft'` is its case of one factor",
+    "vera": "all layers share its random projections, which must be saved with each adapter",
+    "vblora": "all layers share its vector bank, which PEFT makes for one adapter",
+    "randlora": "all layers share its random bases, which must be saved with each adapter",
+    "adalora": "it prunes ranks by calls that a training loop has to make",
+    "fourierft": "it starts with a random change of the weights",
+    "delora": "it saves the norms of the base's weights as if they were its own",
+    "shira": "the places of its values are drawn anew when it is loaded",
+    "c3a": "its blocks fit few layers of a vision model",
+    "ln_tuning": "it trains the norms themselves; `modules_to_save` does that in mode 'adapter'",
+}
+
+
+def branch_kind(name: Any, arguments: dict[str, Any] | None = None) -> BranchKind:
+    """The kind of that name, with that content of `AutoLoraConfig.branch_args`.
+
+    Raises:
+        ValueError: If there is none; for a tuner of PEFT's, with the reason.
+    """
+    if isinstance(name, str) and name in BRANCHES:
+        kind = BRANCHES[name]
+        if name == "foura" and (arguments or {}).get("gate"):
+            return replace(kind, fits=_plain_linear, where=_LINEAR, layer=GatedFoura)
+        return kind
+    options = ", ".join(map(repr, BRANCHES))
+    if isinstance(name, str) and name in REFUSED:
+        raise ValueError(f"PEFT's {name!r} cannot be a `branch`: {REFUSED[name]}. Possible are {options}.")
+    raise ValueError(f"`branch` must be one of {options}, got {name!r}.")
+
+
+def can_merge(layer: BaseTunerLayer, adapters: list[str]) -> bool:
+    """Whether the weight with `adapters` merged into it, in this order, computes what the branch layer does."""
+    if isinstance(layer, OutputBranch):
+        return False
+    # PEFT rotates the input by one adapter after the other, but merges them in the opposite order.
+    return not (isinstance(layer, OFTLayer) and len(adapters) > 1)

@@ -1,0 +1,54 @@
+"""How a forward pass uses a layer, which decides which branches it can carry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from timm.layers import Conv2dSame
+from timm.layers import Linear as TimmLinear
+from torch import nn
+
+
+@dataclass
+class Use:
+    """How one forward pass uses a layer.
+
+    Args:
+        called (`bool`): The layer was called.
+        read (`set[str]`): Attributes that were read past its call, such as `weight`.
+        order (`int`): Place of its last call among all calls; 0: not called.
+    """
+
+    called: bool = False
+    read: set[str] = field(default_factory=set)
+    order: int = 0
+
+    @property
+    def any(self) -> bool:
+        """The pass depends on the layer in one way or the other."""
+        return self.called or bool(self.read)
+
+
+def is_only_called(module: nn.Module, use: Use) -> bool:
+    """Whether `module` is a linear layer or convolution that does nothing but to be called."""
+    if not use.called or use.read - {"bias", "in_features", "out_features"}:
+        return False
+    return isinstance(module, (nn.Linear, nn.Conv2d))
+
+
+def in_stock_peft(module: nn.Module, use: Use) -> bool:
+    """Whether PEFT's own LoRA layer around `module` computes what it should.
+
+    It adds the branch to the output of a call, so the weight must not be used in any other way, and it has no right
+    counterpart of grouped, dilated or standardised convolutions.
+    """
+    if not is_only_called(module, use):
+        return False
+    if isinstance(module, nn.Linear):
+        return type(module).forward in (nn.Linear.forward, TimmLinear.forward)
+    return (
+        type(module) in (nn.Conv2d, Conv2dSame)
+        and module.groups == 1
+        and module.dilation == (1, 1)
+        and module.padding_mode == "zeros"
+    )
