@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .hub.extraction import extract_adapter, extract_for_accuracy
     from .hub.verification import verify_release
     from .modeling import AutoLoraModel
+    from .objectives import config_for
     from .pixels import Preprocessing
     from .training import AutoLoraTrainer, AutoLoraTrainingArguments
 
@@ -32,6 +33,7 @@ _MODULES = {
     "Preprocessing": "pixels",
     "RobustnessReport": "evaluation",
     "ThreatModel": "config",
+    "config_for": "objectives",
     "evaluate_robustness": "evaluation",
     "export_onnx": "hub.export",
     "extract_adapter": "hub.extraction",
@@ -50,6 +52,7 @@ __all__ = [
     "Preprocessing",
     "RobustnessReport",
     "ThreatModel",
+    "config_for",
     "evaluate_robustness",
     "export_onnx",
     "extract_adapter",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -32,3 +33,21 @@ def with_options(kind: type[T], options: Mapping[str, Any] | None, where: str) -
         return kind(**(options or {}))
     except TypeError as error:
         raise ValueError(f"`{where}` does not fit {kind.__name__}: {error}.") from error
+
+
+def json_object(value: dict | str | None, where: str) -> dict | None:
+    """`value` itself, or what it says in JSON.
+
+    Raises:
+        ValueError: If it is neither an object nor JSON of one.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(
+                f"`{where}` must be a JSON object such as '{{\"beta\": 6}}', got {value!r}: {error}."
+            ) from error
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"`{where}` must be an object such as {{'beta': 6}}, got {value!r}.")
+    return value

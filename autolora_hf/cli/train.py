@@ -12,6 +12,9 @@ from transformers import HfArgumentParser, TrainingArguments, set_seed
 from ..config import AutoLoraConfig, PixelRadius, radius_argument
 from ..data import as_pixel_dataset, as_pixel_stream, is_stream
 from ..factory import get_autolora_model
+from ..layers import BRANCHES
+from ..objectives import config_for
+from ..options import json_object
 from ..pixels import Preprocessing
 from ..training import AutoLoraTrainer, AutoLoraTrainingArguments
 from ..training.publishing import CURVES
@@ -29,9 +32,32 @@ class ModelArguments:
     mode: str = field(
         default="full", metadata={"help": "'full' trains the backbone, 'adapter' a LoRA adapter on a frozen one."}
     )
+    branch: str = field(
+        default="lora", metadata={"help": f"Kind of the branches: {', '.join(BRANCHES)}; see docs/methods.md."}
+    )
+    branch_args: str | None = field(
+        default=None, metadata={"help": 'Further fields of that kind, in JSON: \'{"gate": "hard"}\' for foura.'}
+    )
+    natural_route: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the natural route adds to the robust one: 'branch', 'plain' (only its norms) or 'none' (no "
+            "such route). Default: what the objective needs."
+        },
+    )
+    stop_gradient: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether the natural route's gradient stops at the backbone. Default: as the objective has it."
+        },
+    )
     layout: str | None = field(default=None, metadata={"help": "Factorisation of the branch: 'released' or 'peft'."})
-    norm: str = field(
-        default="shared", metadata={"help": "BatchNorm of the two routes: 'shared', 'robust_stats' or 'dual'."}
+    norm: str | None = field(
+        default=None,
+        metadata={
+            "help": "BatchNorm of the two routes: 'shared', 'robust_stats', 'dual', 'split' or 'frozen'. Default: as "
+            "the objective has it."
+        },
     )
     r: int = field(default=8, metadata={"help": "Rank of the branches."})
     lora_alpha: int | None = field(default=None, metadata={"help": "Scale of a branch is lora_alpha / r."})
@@ -133,20 +159,11 @@ def run(argv: list[str]) -> None:
         opened = as_pixel_dataset(train, Preprocessing(), name="training data", **columns)
         train, num_classes = opened.source, opened.num_classes
 
-    config = AutoLoraConfig(
-        mode=model_args.mode,
-        layout=model_args.layout,
-        norm=model_args.norm,
-        r=model_args.r,
-        lora_alpha=model_args.lora_alpha,
-        lora_dropout=model_args.lora_dropout,
-        target_modules=model_args.target_modules,
-    )
     # Head and branches are drawn at random.
     set_seed(args.seed)
     model = get_autolora_model(
         model_args.model,
-        config,
+        _config(model_args, args.objective),
         num_classes=num_classes,
         image_size=_image_size(model_args.image_size),
     )
@@ -171,6 +188,25 @@ def run(argv: list[str]) -> None:
     if main:
         print(f"\nSaved in {folder}/: the model, its card (README.md) and {CURVES}.")
     trainer.accelerator.end_training()
+
+
+def _config(model_args: ModelArguments, objective: str) -> AutoLoraConfig:
+    """What the objective needs of the model, and on top of it what was asked for."""
+    asked = {name: getattr(model_args, name) for name in ("natural_route", "stop_gradient", "norm")}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    return config_for(
+        objective,
+        model_args.model,
+        mode=model_args.mode,
+        branch=model_args.branch,
+        branch_args=json_object(model_args.branch_args, "branch_args"),
+        layout=model_args.layout,
+        r=model_args.r,
+        lora_alpha=model_args.lora_alpha,
+        lora_dropout=model_args.lora_dropout,
+        target_modules=model_args.target_modules,
+        **asked,
+    )
 
 
 def _checkpoint(words: str | None) -> str | bool | None:

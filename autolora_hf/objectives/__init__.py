@@ -1,6 +1,10 @@
 from typing import Any
 
+from torch import nn
+
+from ..backbones import load_backbone
 from ..config import AutoLoraConfig
+from ..targets import statistics_norms
 from .ar_at import AsymmetricRegularization
 from .autolora import AutoLora
 from .base import Batch, Objective, ObjectiveOutput
@@ -25,13 +29,13 @@ OBJECTIVES: dict[str, type[Objective]] = {
 }
 
 
-def config_for(objective: str, has_statistics: bool = True, **changes: Any) -> AutoLoraConfig:
-    """The configuration of a model that is to be trained with `objective`: which routes, which norms, which gradients.
+def config_for(objective: str, backbone: nn.Module | str | None = None, **changes: Any) -> AutoLoraConfig:
+    """The configuration of a model that is to be trained with `objective`: which routes, norms and gradients it has.
 
     Args:
         objective (`str`): A name in `OBJECTIVES`.
-        has_statistics (`bool`): Whether the network has norms with running statistics (BatchNorm). If not, an
-            objective for which a set of norms for each route is only a part keeps the one set there is.
+        backbone (`nn.Module` or `str`, *optional*): What [`get_autolora_model`] will get. If it has no norms with
+            running statistics, an objective for which two sets of them are only a part (AR-AT) does without.
         **changes: Further fields of [`AutoLoraConfig`], which also replace those of the objective.
 
     Raises:
@@ -40,8 +44,10 @@ def config_for(objective: str, has_statistics: bool = True, **changes: Any) -> A
     if objective not in OBJECTIVES:
         raise ValueError(f"`objective` must be one of {', '.join(OBJECTIVES)}, got {objective!r}.")
     fields = {**OBJECTIVES[objective].config, **changes}
-    if fields.get("norm") == "split" and not has_statistics:
-        fields["norm"] = "shared"
+    if backbone is not None and fields.get("norm") == "split" and "norm" not in changes:
+        network = load_backbone(backbone, pretrained=False) if isinstance(backbone, str) else backbone
+        if not statistics_norms(network):
+            fields["norm"] = "shared"
     return AutoLoraConfig(**fields)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from ..attacks import PGD
 from ..config import PixelRadius, ThreatModel
 from ..initializers import INITIALIZERS, Initializer
 from ..objectives import OBJECTIVES, Objective
-from ..options import with_options
+from ..options import json_object, with_options
 from ..postprocessing import FINISHERS, Finisher
 from ..schedules import SCHEDULES, EpsilonSchedule, milestones
 from .averaging import AVERAGES
@@ -285,15 +284,7 @@ class AutoLoraTrainingArguments(TrainingArguments):
                 options = ", ".join(option for option in known if option)
                 raise ValueError(f"`{name}` must be one of {options}, got {getattr(self, name)!r}.")
         for name in ("objective_kwargs", "init_kwargs", "finish_kwargs"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                try:
-                    value = json.loads(value)
-                except ValueError as error:
-                    raise ValueError(f"`{name}` must be a JSON object, got {value!r}: {error}.") from error
-                setattr(self, name, value)
-            if value is not None and not isinstance(value, dict):
-                raise ValueError(f"`{name}` must be an object such as {{'beta': 6}}, got {value!r}.")
+            setattr(self, name, json_object(getattr(self, name), name))
         for name in ("init", "finish"):
             if getattr(self, name) == "none" and getattr(self, f"{name}_kwargs"):
                 raise ValueError(f"`{name}_kwargs` are given, but `{name}` is 'none'.")

@@ -15,7 +15,6 @@ from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, TrainOutput
 
 from .. import checkpointing
-from ..backbones import load_backbone
 from ..config import ThreatModel
 from ..data import PixelDataset, collate, describe_data, is_stream
 from ..factory import get_autolora_model
@@ -33,7 +32,6 @@ from ..schedules import (
     default_epochs,
     milestones,
 )
-from ..targets import statistics_norms
 from .arguments import AutoLoraTrainingArguments
 from .attacking import RouteAttacker
 from .averaging import WeightAverage
@@ -397,5 +395,4 @@ class _AutoLoraCallback(TrainerCallback):
 
 def _model_for(objective: str, model: nn.Module | str) -> AutoLoraModel:
     """A model of a backbone, or of its name, with the routes that an objective trains."""
-    network = load_backbone(model, pretrained=False) if isinstance(model, str) else model
-    return get_autolora_model(model, config_for(objective, has_statistics=bool(statistics_norms(network))))
+    return get_autolora_model(model, config_for(objective, model))
