@@ -14,11 +14,14 @@ import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
+from .. import architectures
 from ..download import is_repository_name
 from ..evaluation import Accuracy, RobustnessReport
 from ..files import write_atomically
-from ..layout import base_tensors, deployed_tensors, loads_with_stock_peft
+from ..layers import branch_kind
+from ..layout import NATURAL_ADAPTER, base_tensors, deployed_tensors, loads_with_stock_peft, weight_files
 from ..modeling import AutoLoraModel
+from ..objectives import OBJECTIVES
 from ..saving import current_results
 
 
@@ -73,6 +76,11 @@ def write_model_card(
         dataset=dataset,
         named=_source(model) or model.backbone["architecture"],
         config=model.autolora_config,
+        trained_with=_trained_with(model),
+        branch_name=branch_kind(model.autolora_config.branch).title,
+        own_kind=not branch_kind(model.autolora_config.branch).is_pefts and model.autolora_config.branch != "lora",
+        has_natural_adapter=weight_files(model)[1] == NATURAL_ADAPTER,
+        own_architecture=model.backbone["architecture"] in architectures.NAMES,
         backbone=model.backbone,
         base_code=_base_code(model),
         preprocessing=model.preprocessing,
@@ -225,6 +233,12 @@ def _base_code(model: AutoLoraModel) -> str:
     )
 
 
+def _trained_with(model: AutoLoraModel) -> str:
+    """What the objective of the training says about itself; a stranger's plan may name any, or none."""
+    objective = (model.training_plan or {}).get("objective")
+    return OBJECTIVES[objective].description if isinstance(objective, str) and objective in OBJECTIVES else ""
+
+
 def _backbone_parameters(model: AutoLoraModel) -> int:
     """Parameters of the backbone with its head, without branches and without the statistics of norms."""
     parameters = {parameter.data_ptr() for parameter in model.get_base_model().parameters()}
@@ -262,7 +276,8 @@ def _metadata(
     metrics = [metric for report in results for metric in _metrics(report, dataset)]
     if metrics:
         extra |= {"model_name": name, "eval_results": metrics, "metrics": ["accuracy"]}
-    known = ["adversarial-robustness", "autolora", "lora", model.backbone["library"], "safetensors"]
+    branch = [model.autolora_config.branch] if model.autolora_config.has_branches else []
+    known = ["adversarial-robustness", "autolora", *branch, model.backbone["library"], "safetensors"]
     return ModelCardData(
         library_name=library,
         pipeline_tag="image-classification",

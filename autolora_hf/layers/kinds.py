@@ -58,9 +58,28 @@ class BranchKind:
     multiple: int = 1
 
     @property
+    def title(self) -> str:
+        """Its name as its authors write it."""
+        return _TITLES.get(self.name, self.name.upper())
+
+    @property
     def is_pefts(self) -> bool:
         """Whether it is a tuner of PEFT's own."""
         return self.layer is None
+
+
+_TITLES = {
+    "lora": "LoRA",
+    "lnlora": "LNLoRA",
+    "foura": "FouRA",
+    "adakron": "AdaKron",
+    "dora": "DoRA",
+    "loha": "LoHa",
+    "lokr": "LoKr",
+    "hira": "HiRA",
+    "miss": "MiSS",
+    "road": "RoAd",
+}
 
 
 def _anywhere(module: nn.Module, use: Use) -> bool:

@@ -43,6 +43,10 @@ class AsymmetricRegularization(Objective):
     gamma: float = field(default=30.0, metadata={"help": "Weight of the invariance term."})
     layers: list[str] | None = field(default=None, metadata={"help": "Layers whose outputs are the features."})
 
+    description: ClassVar[str] = (
+        "[AR-AT](https://arxiv.org/abs/2402.14648) (Waseda, Chang, Echizen, ICLR 2025): adversarial features are "
+        "drawn to clean ones, never the other way round, and clean images have norms of their own in training."
+    )
     routes: ClassVar[tuple[str, ...]] = (ROBUST, NATURAL)
     config: ClassVar[dict[str, Any]] = {"natural_route": "plain", "norm": "split", "stop_gradient": False}
     uses_scalars: ClassVar[bool] = True

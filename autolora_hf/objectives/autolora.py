@@ -27,6 +27,10 @@ class AutoLora(Objective):
 
     detach_target: bool = field(default=False, metadata={"help": "Stop the KL term's gradient at its target."})
 
+    description: ClassVar[str] = (
+        "[AutoLoRa](https://arxiv.org/abs/2310.01818) (Xu, Zhang, Kankanhalli, ICLR 2024): a robust route that is "
+        "deployed and, during training only, a natural route with a LoRA branch of its own."
+    )
     routes: ClassVar[tuple[str, ...]] = (ROBUST, NATURAL)
     config: ClassVar[dict[str, Any]] = {}
     uses_scalars: ClassVar[bool] = True

@@ -58,6 +58,7 @@ class Objective:
     All that the trainer knows of a method stands here; it never asks which one it is.
 
     Attributes:
+        description (`str`): What model cards say about it, in Markdown, with its source.
         routes (`tuple[str, ...]`): Routes that the loss runs. Parameters that none of them uses do not train.
         config (`dict`): The fields of `AutoLoraConfig` that the method is about, for [`config_for`].
         heads_only (`bool`): Only the classification layers train, and all else is in eval mode.
@@ -73,6 +74,7 @@ class Objective:
             published one for fine-tuning; else the package's own.
     """
 
+    description: ClassVar[str] = ""
     routes: ClassVar[tuple[str, ...]] = (ROBUST,)
     config: ClassVar[dict[str, Any]] = {"natural_route": "none"}
     heads_only: ClassVar[bool] = False

@@ -26,6 +26,10 @@ class Mart(Objective):
 
     weight: float = field(default=5.0, metadata={"help": "Weight of the KL term."})
 
+    description: ClassVar[str] = (
+        "[MART](https://openreview.net/forum?id=rklOg6EFwS) (Wang et al., ICLR 2020): adversarial training that "
+        "weighs misclassified images more."
+    )
     milestones: ClassVar[tuple[float, ...]] = (3 / 4, 9 / 10)
 
     def __post_init__(self) -> None:

@@ -15,6 +15,9 @@ from .terms import accuracy
 class NaturalFineTuning(Objective):
     """Cross-entropy of clean images through the deployed route. No attack, so no robustness is to be expected."""
 
+    description: ClassVar[str] = (
+        "plain fine-tuning on clean images, so no robustness is to be expected beyond what the backbone lends."
+    )
     needs_adversarial: ClassVar[bool] = False
     selection_metric: ClassVar[str] = "natural_accuracy"
     schedule: ClassVar[str] = "plateau"
@@ -32,6 +35,7 @@ class StandardLinearFineTuning(NaturalFineTuning):
     2023), so the weights are chosen by robust accuracy.
     """
 
+    description: ClassVar[str] = "standard linear fine-tuning (SLF): the classification layer alone, on clean images."
     heads_only: ClassVar[bool] = True
     selection_metric: ClassVar[str] = "robust_accuracy"
     schedule: ClassVar[str] = "milestones"

@@ -19,6 +19,11 @@ class AdversarialTraining(Objective):
     2024).
     """
 
+    description: ClassVar[str] = (
+        "[adversarial training](https://arxiv.org/abs/1706.06083) (Madry et al., ICLR 2018): the cross-entropy of "
+        "images under PGD."
+    )
+
     def __call__(self, forward: RouteForward, batch: Batch, scalars: LossScalars) -> ObjectiveOutput:
         logits = forward(ROBUST, batch.adversarial)
         return ObjectiveOutput(
@@ -29,5 +34,8 @@ class AdversarialTraining(Objective):
 class AdversarialLinearFineTuning(AdversarialTraining):
     """ALF: PGD-AT of the head alone, all else in eval mode. Also the first stage of RoLI (Hua et al., CVPR 2024)."""
 
+    description: ClassVar[str] = (
+        "adversarial linear fine-tuning (ALF): the classification layer alone, on images under PGD."
+    )
     heads_only: ClassVar[bool] = True
     milestones: ClassVar[tuple[float, ...]] = (2 / 5, 4 / 5)

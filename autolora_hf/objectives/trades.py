@@ -30,6 +30,10 @@ class Trades(Objective):
     attack_loss: Literal["ce", "kl"] = field(default="ce", metadata={"help": "What the attack maximises: ce or kl."})
     automatic: bool = field(default=False, metadata={"help": "AutoLoRa's automatic scalars instead of beta."})
 
+    description: ClassVar[str] = (
+        "[TRADES](https://arxiv.org/abs/1901.08573) (Zhang et al., ICML 2019): the cross-entropy of clean images and "
+        "the divergence between clean and adversarial predictions."
+    )
     milestones: ClassVar[tuple[float, ...]] = (1 / 2, 5 / 6)
 
     def __post_init__(self) -> None:

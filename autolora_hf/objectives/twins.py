@@ -33,6 +33,10 @@ class TwinsAT(Objective):
 
     weight: float = field(default=0.3, metadata={"help": "Weight of the Frozen net's half."})
 
+    description: ClassVar[str] = (
+        "[TWINS](https://arxiv.org/abs/2303.11135) (Liu, Xu, Ji, Chan, CVPR 2023): half of every batch is normalised "
+        "with the pre-training statistics, during training only."
+    )
     routes: ClassVar[tuple[str, ...]] = (ROBUST, NATURAL)
     config: ClassVar[dict[str, Any]] = {"natural_route": "plain", "norm": "frozen", "stop_gradient": False}
     learning_rate: ClassVar[float | None] = 0.003
