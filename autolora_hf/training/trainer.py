@@ -374,10 +374,12 @@ class _AutoLoraCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         scheduler = self.trainer.lr_scheduler
-        if self.trainer.objective.uses_scalars and scheduler.training_accuracy is None:
+        if self.trainer.measures_scalars and scheduler.training_accuracy is None:
             scheduler.training_accuracy = self.trainer.natural_training_accuracy()
             accuracy = scheduler.training_accuracy
             self.trainer.log({"train_natural_route_accuracy": accuracy, **scheduler.scalars._asdict()})
+        elif self.trainer.objective.uses_scalars and state.global_step == 0:
+            self.trainer.log(scheduler.scalars._asdict())
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Only now is the checkpoint of the last epoch, which may be the best one, complete.
