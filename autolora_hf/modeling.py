@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
 from huggingface_hub import CommitInfo
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer

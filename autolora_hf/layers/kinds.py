@@ -21,7 +21,7 @@ from .base import BranchLayer
 from .efft import WeightEfft
 from .foura import GatedFoura, WeightFoura
 from .output import AdaKron, LNLora, OutputBranch, takes_patches
-from .uses import Use, in_stock_peft, is_only_called
+from .uses import Use, in_stock_peft, is_called
 from .weight import WeightLora
 
 
@@ -77,7 +77,11 @@ def _plain(module: nn.Module, use: Use) -> bool:
 
 
 def _token_wise(module: nn.Module, use: Use) -> bool:
-    return is_only_called(module, use) and (isinstance(module, nn.Linear) or takes_patches(module))
+    return is_called(module, use) and (isinstance(module, nn.Linear) or takes_patches(module))
+
+
+def _linear(module: nn.Module, use: Use) -> bool:
+    return is_called(module, use) and isinstance(module, nn.Linear)
 
 
 _ANYWHERE = "convolutions, linear layers and attention"
@@ -119,7 +123,7 @@ BRANCHES: dict[str, BranchKind] = {
         BranchKind("efft", _anywhere, _ANYWHERE, fields=_SCALED, layer=WeightEfft),
         BranchKind(
             "adakron",
-            is_only_called,
+            is_called,
             "linear layers and convolutions that are called",
             fields=("r", "rank_pattern"),
             layer=AdaKron,
@@ -188,7 +192,7 @@ def branch_kind(name: Any, arguments: dict[str, Any] | None = None) -> BranchKin
     if isinstance(name, str) and name in BRANCHES:
         kind = BRANCHES[name]
         if name == "foura" and (arguments or {}).get("gate"):
-            return replace(kind, fits=_plain_linear, where=_LINEAR, layer=GatedFoura)
+            return replace(kind, fits=_linear, where=_LINEAR, layer=GatedFoura)
         return kind
     options = ", ".join(map(repr, BRANCHES))
     if isinstance(name, str) and name in REFUSED:
