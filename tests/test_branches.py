@@ -6,16 +6,20 @@ import logging
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file
+from test_trainer import NAMES, arguments, pictures
 from tiny_models import IMAGE_SIZE, MODELS, MODES, change_everything, pixels
 from torch import nn
 from transformers import SwinConfig, SwinForImageClassification, ViTConfig, ViTForImageClassification
 
-from autolora_hf import AutoLoraConfig, get_autolora_model, load_autolora_model
+from autolora_hf import AutoLoraConfig, AutoLoraTrainer, get_autolora_model, load_autolora_model
 from autolora_hf.branches import choose_targets, count_values
 from autolora_hf.frozen import FrozenRoute
+from autolora_hf.hub.export import export_onnx
 from autolora_hf.hub.extraction import extract_adapter
+from autolora_hf.hub.model_card import write_model_card
 from autolora_hf.layers import BRANCHES, OutputBranch, Use, branch_parameters, can_merge
 from autolora_hf.layout import ADAPTER_WEIGHTS, NATURAL_ADAPTER, NATURAL_FACTORS, ROBUST_FACTORS
 from autolora_hf.saving import save_plain
@@ -463,6 +467,15 @@ def test_layers_that_cannot_carry_a_kind(name, config, message):
     assert same(network.state_dict(), before)
 
 
+@pytest.mark.parametrize("kind", ["foura", "gated foura", "hra", "oft"])
+def test_wide_layers_are_refused_before_memory_is_spent(kind):
+    config = AutoLoraConfig(**KINDS[kind])
+    layers = {f"blocks.{n}": nn.Linear(5_000 + n, 6_000, device="meta") for n in range(12)}
+    with pytest.raises(ValueError, match=r"square matrices.*up to"):
+        count_values(config, layers)
+    assert count_values(config, {"blocks.0": nn.Linear(5_000, 6_000, device="meta")}) > 0
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -508,6 +521,61 @@ def test_a_record_without_kinds_is_one_of_lora(tmp_path):
 
 
 # ---- further ----
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"), [("efft", "adapter"), ("lnlora", "adapter"), ("gated foura", "adapter"), ("hra", "full")]
+)
+def test_training_and_going_on(tmp_path, kind, mode):
+    """Every parameter of a branch moves, and an interrupted run ends with the same bits."""
+
+    def run(resume=None):
+        torch.manual_seed(0)
+        model = MODELS["hf_vit"].adapted(num_classes=len(NAMES), mode=mode, **KINDS[kind])
+        trainer = AutoLoraTrainer(model, arguments(tmp_path, save_strategy="epoch"), train_dataset=pictures())
+        start = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        trainer.train(resume_from_checkpoint=resume)
+        return model, start
+
+    model, start = run()
+    adapters = {f".{adapter}" for adapter in model.adapters}
+    moved = [key for key, tensor in model.state_dict().items() if not torch.equal(tensor, start[key])]
+    own = [key for key in start if any(f"{name}." in f"{key}." for name in adapters) and "modules_to_save" not in key]
+    # A sum of scores has no gradient towards their common shift.
+    assert {key for key in own if "lora_gate" not in key} <= set(moved)
+    first = min(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    assert same(run(str(first))[0].state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "said"),
+    [
+        ("lnlora", "adapter", ["An adapter (LNLoRA) for", "Stock PEFT has no LNLoRA layers", "LNLoRA with r = 4"]),
+        ("loha", "adapter", ["An adapter (LoHa) for", "from peft import PeftModel", "--format checkpoint"]),
+        ("ia3", "full", ["a branch of its own ((IA)3)", "--format checkpoint"]),
+        ("lora", "adapter", ["A LoRA adapter for", 'subfolder="natural"', "--format checkpoint"]),
+    ],
+)
+def test_the_card_names_the_kind(tmp_path, kind, mode, said):
+    model = changed(kind, "hf_vit", mode)
+    model.training_plan = {"objective": "autolora"}
+    text = write_model_card(tmp_path, model, name="someone/model").read_text()
+    for part in said:
+        assert part in text
+    assert ("--format checkpoint" in text) == (kind != "lnlora")
+    assert ('subfolder="natural"' in text) == (kind == "lora")
+    ModelCard(text).data.to_dict()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("lnlora", "hf_vit"), ("gated foura", "timm_vit"), ("adakron", "timm_resnet"), ("oft", "timm_vit")],
+)
+def test_onnx_keeps_what_cannot_be_merged(tmp_path, kind, name):
+    model = changed(kind, name, "adapter")
+    for route in model.routes:
+        assert export_onnx(model, tmp_path / "model.onnx", route=route).max_difference < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["lokr", "lnlora", "efft"])

@@ -14,11 +14,14 @@ import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
+from .. import branches
+from ..config import AutoLoraConfig
 from ..download import is_repository_name
 from ..evaluation import Accuracy, RobustnessReport
 from ..files import write_atomically
 from ..layout import base_tensors, deployed_tensors, loads_with_stock_peft
 from ..modeling import AutoLoraModel
+from ..routes import ROBUST
 from ..saving import current_results
 
 
@@ -82,6 +85,10 @@ def write_model_card(
         parameters=_backbone_parameters(model),
         adapter_parameters=_adapter_parameters(model),
         stock_peft=loads_with_stock_peft(model),
+        branch=model.autolora_config.kind.title,
+        of_peft=model.autolora_config.branch == "lora" or model.autolora_config.kind.is_pefts,
+        rank=_rank(model.autolora_config),
+        plain=model.backbone["config"] is not None and _merges(model),
         rows=[*rows_of_results(results), *(measurement_row(*item) for item in (comparisons or {}).items())],
         own=results,
         publishable=any(report.publishable for report in results),
@@ -225,6 +232,19 @@ def _base_code(model: AutoLoraModel) -> str:
     )
 
 
+def _rank(config: AutoLoraConfig) -> str:
+    """What was set of the branches, as text."""
+    names = {"r": "r", "lora_alpha": "alpha"}
+    values = {name: getattr(config, field) for field, name in names.items() if field in config.kind.fields}
+    shown = [f"{name} = {value}" for name, value in {**values, **config.branch_args}.items()]
+    return " and ".join(shown) or "PEFT's defaults"
+
+
+def _merges(model: AutoLoraModel) -> bool:
+    """Whether a plain checkpoint can be made of the deployed route."""
+    return model.autolora_config.mode == "full" or branches.mergeable(model.lora_layers(), [ROBUST])
+
+
 def _backbone_parameters(model: AutoLoraModel) -> int:
     """Parameters of the backbone with its head, without branches and without the statistics of norms."""
     parameters = {parameter.data_ptr() for parameter in model.get_base_model().parameters()}
@@ -262,7 +282,13 @@ def _metadata(
     metrics = [metric for report in results for metric in _metrics(report, dataset)]
     if metrics:
         extra |= {"model_name": name, "eval_results": metrics, "metrics": ["accuracy"]}
-    known = ["adversarial-robustness", "autolora", "lora", model.backbone["library"], "safetensors"]
+    known = [
+        "adversarial-robustness",
+        "autolora",
+        model.autolora_config.branch,
+        model.backbone["library"],
+        "safetensors",
+    ]
     return ModelCardData(
         library_name=library,
         pipeline_tag="image-classification",
