@@ -58,7 +58,7 @@ OUTPUT_LAYERS = {
 # ---- FouRA ----
 
 
-@pytest.mark.parametrize("size", [1, 2, 7, 16])
+@pytest.mark.parametrize("size", [1, 2, 7, 16, 600])
 def test_the_cosine_transform_is_orthonormal(size):
     matrix = dct_matrix(size, torch.zeros((), dtype=torch.float64))
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(size, dtype=torch.float64))

@@ -159,16 +159,8 @@ def without_downloads(monkeypatch):
 
 
 def train(folder, data, *options):
-    few = [
-        "--num-train-epochs",
-        "1",
-        "--attack-steps",
-        "1",
-        "--eval-attack-steps",
-        "1",
-        "--validation-fraction",
-        "0.2",
-    ]
+    few = ["--num-train-epochs", "1", "--attack-steps", "1", "--eval-attack-steps", "1"]
+    few += ["--validation-fraction", "0.2", "--per-device-train-batch-size", "16"]
     common = ["--train-data", str(data), "--output-dir", str(folder), "--use-cpu", "--image-size", "32", *few]
     assert main(["train", "--model", "test_resnet", *common, *options]) == 0
     return [json.loads((folder / name).read_text()) for name in ("training_plan.json", "autolora_config.json")]
@@ -195,7 +187,7 @@ def test_methods_from_the_command_line(tmp_path, folders, options, config):
     assert plan["objective_options"] == json.loads(asked.get("--objective-kwargs", "{}"))
     assert plan["init"] == asked.get("--init", "none")
     card = (tmp_path / "README.md").read_text()
-    assert OBJECTIVES[plan["objective"]].description in card
+    assert OBJECTIVES[plan["objective"]].description.replace("{branch}", "LoRA") in card
     assert ("LoRA branch of its own" in card) is (plan["objective"] == "autolora")
 
 

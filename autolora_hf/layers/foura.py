@@ -29,12 +29,15 @@ def dct_matrix(size: int, like: Tensor) -> Tensor:
 # Shared by all layers of a width: as a buffer of each it would take more memory than the model.
 @lru_cache(maxsize=64)
 def _dct_matrix(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    frequency, place = np.arange(size)[:, None], np.arange(size)[None, :]
-    matrix = np.cos(math.pi * frequency * (place + 0.5) / size) * math.sqrt(2 / size)
-    matrix[0] /= math.sqrt(2)
     # What is made in inference mode could not take part in training later.
     with torch.inference_mode(False):
-        return torch.from_numpy(matrix).to(device, dtype)
+        matrix = torch.empty(size, size, dtype=dtype)
+        for start in range(0, size, 512):  # a part at a time, since it is computed in double precision
+            frequency = np.arange(start, min(start + 512, size))[:, None]
+            rows = np.cos(math.pi / size * frequency * (np.arange(size) + 0.5)) * math.sqrt(2 / size)
+            matrix[start : start + 512] = torch.from_numpy(rows)
+        matrix[0] /= math.sqrt(2)
+        return matrix.to(device)
 
 
 class WeightFoura(WeightLora):

@@ -247,7 +247,9 @@ class AutoLoraTrainer(EvaluatingTrainer):
         if kind == "milestones":
             return milestones(self.args.milestones or self.objective.milestones)
         if kind == "cosine":
-            return cosine(self.args.get_warmup_steps(num_training_steps) / num_training_steps)
+            # In a run of a few steps the rise may not be all of them.
+            rise = min(self.args.get_warmup_steps(num_training_steps), num_training_steps - 1)
+            return cosine(rise / num_training_steps)
         return constant()
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
