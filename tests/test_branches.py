@@ -5,6 +5,7 @@ import json
 import logging
 
 import pytest
+import timm
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
@@ -361,6 +362,13 @@ def test_adakron_on_a_swin():
     model = get_autolora_model(network, AutoLoraConfig(branch="adakron"), preprocessing=MODELS["hf_vit"].preprocessing)
     names = list(model.lora_layers())
     assert len(names) == 2 and all("blocks" in name and "reduction" not in name for name in names)
+
+
+def test_oft_leaves_out_what_peft_takes_for_a_convolution():
+    """A network of channels last calls linear layers with four dimensions."""
+    network = timm.create_model("test_mambaout", num_classes=4)
+    with pytest.raises(ValueError, match="'oft', which fits linear layers that are called with N x tokens x channels"):
+        get_autolora_model(network, AutoLoraConfig(**KINDS["oft"]), preprocessing=MODELS["hf_vit"].preprocessing)
 
 
 @pytest.mark.parametrize("name", ["timm_resnet", "timm_vit"])

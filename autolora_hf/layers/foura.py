@@ -8,7 +8,6 @@ for. Without it the change of the weight is `D_out^T B A D_in s`: exact to merge
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,13 +20,22 @@ from .output import OutputBranch, RankGate
 from .weight import WeightLora
 
 
+# Shared by all layers of a width: as a buffer of each it would take more memory than the model. A plain dictionary,
+# which torch.compile can look into.
+_MATRICES: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+_MOST_MATRICES = 64
+
+
 def dct_matrix(size: int, like: Tensor) -> Tensor:
     """Matrix of the orthonormal DCT-II, `size x size`, row by frequency, on the device and in the type of `like`."""
-    return _dct_matrix(size, like.device, like.dtype)
+    key = (size, like.device, like.dtype)
+    if key not in _MATRICES:
+        while len(_MATRICES) >= _MOST_MATRICES:
+            del _MATRICES[next(iter(_MATRICES))]
+        _MATRICES[key] = _dct_matrix(*key)
+    return _MATRICES[key]
 
 
-# Shared by all layers of a width: as a buffer of each it would take more memory than the model.
-@lru_cache(maxsize=64)
 def _dct_matrix(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     # What is made in inference mode could not take part in training later.
     with torch.inference_mode(False):

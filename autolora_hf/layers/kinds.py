@@ -81,6 +81,11 @@ def _plain(module: nn.Module, use: Use) -> bool:
     return in_stock_peft(module, use) and (isinstance(module, nn.Linear) or type(module) is nn.Conv2d)
 
 
+def _sequence_linear(module: nn.Module, use: Use) -> bool:
+    # PEFT's rotation takes any input of four dimensions for that of a convolution.
+    return _plain_linear(module, use) and use.dimensions != 4
+
+
 def _token_wise(module: nn.Module, use: Use) -> bool:
     return is_called(module, use) and (isinstance(module, nn.Linear) or takes_patches(module))
 
@@ -95,6 +100,7 @@ def _inputs(weight: Tensor) -> tuple[int, ...]:
 
 _ANYWHERE = "convolutions, linear layers and attention"
 _LINEAR = "linear layers that are called"
+_SEQUENCES = "linear layers that are called with N x tokens x channels"
 _PLAIN = "linear layers and plain convolutions that are called"
 _PATCHES = "linear layers and convolutions of patches side by side that are called"
 _SCALED = ("r", "lora_alpha", "use_rslora")
@@ -105,7 +111,8 @@ _RANK = integer(1, _MOST)
 def _pefts(title: str, where: str = _PLAIN, name: str | None = None, **options: Any) -> BranchKind:
     name = name or title.lower()
     options.setdefault("config", PEFT_TYPE_TO_CONFIG_MAPPING.get(name.upper()))
-    return BranchKind(name, title, _plain_linear if where == _LINEAR else _plain, where, **options)
+    fits = {_PLAIN: _plain, _LINEAR: _plain_linear, _SEQUENCES: _sequence_linear}[where]
+    return BranchKind(name, title, fits, where, **options)
 
 
 _LYCORIS = {
@@ -158,7 +165,7 @@ BRANCHES: dict[str, BranchKind] = {
         # PEFT's rotation of a convolution's input is not the identity at the start.
         _pefts(
             "OFT",
-            _LINEAR,
+            _SEQUENCES,
             fields=(),
             arguments={
                 "r": integer(0, _MOST),

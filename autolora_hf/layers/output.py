@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -158,7 +159,7 @@ class RankGate(nn.Module):
         scores = self.second(F.gelu(self.first(tokens)))
         logs = scores.log_softmax(1)
         entropy = -(logs.exp() * logs).sum(1)
-        most = torch.tensor(float(tokens.shape[1])).log().item()
+        most = math.log(tokens.shape[1])
         share = entropy / most if most > 0 else entropy + 1
         soft = torch.sigmoid(self.slope * (share - self.offset))
         # In this order nothing but zeros and ones comes out.

@@ -17,11 +17,13 @@ class Use:
         called (`bool`): The layer was called.
         read (`set[str]`): Attributes that were read past its call, such as `weight`.
         order (`int`): Place of its last call among all calls; 0: not called.
+        dimensions (`int`): Number of dimensions of what it was called with at last; 0: not called with a tensor.
     """
 
     called: bool = False
     read: set[str] = field(default_factory=set)
     order: int = 0
+    dimensions: int = 0
 
     @property
     def any(self) -> bool:
