@@ -57,7 +57,7 @@ VARIANTS = [
     for kind in KINDS
     for name in MODELS
     for mode in MODES
-    if not (kind in LINEAR_ONLY and "resnet" in name) and (kind, name) != ("lnlora", "hf_resnet")
+    if not (kind in LINEAR_ONLY and "resnet" in name)
 ]
 
 
@@ -459,9 +459,9 @@ def test_bad_configurations(config, message):
     ("name", "config", "message"),
     [
         ("timm_resnet", {"branch": "oft"}, "no layer for a branch of kind 'oft', which fits linear layers"),
-        ("hf_resnet", {"branch": "lnlora"}, "no layer for a branch of kind 'lnlora'.*patches side by side"),
+        ("hf_resnet", {"branch": "road"}, "no layer for a branch of kind 'road'"),
         ("timm_resnet", {"branch": "adakron"}, "has no MLP in its blocks.*target_modules"),
-        ("timm_resnet", {"branch": "lnlora", "target_modules": ["conv2"]}, "does not fit: layer1.0.conv2 .Conv2d"),
+        ("timm_resnet", {"branch": "oft", "target_modules": ["conv2"]}, "does not fit: layer1.0.conv2 .Conv2d"),
         ("timm_resnet", {"branch": "miss", "target_modules": ["conv2"]}, "'miss' does not fit"),
         ("hf_vit", {"branch": "road"}, "cannot be made on .*Linear.*64"),
     ],

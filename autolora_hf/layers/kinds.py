@@ -86,8 +86,9 @@ def _sequence_linear(module: nn.Module, use: Use) -> bool:
     return _plain_linear(module, use) and use.dimensions != 4
 
 
-def _token_wise(module: nn.Module, use: Use) -> bool:
-    return is_called(module, use) and (isinstance(module, nn.Linear) or takes_patches(module))
+def _ungrouped(module: nn.Module, use: Use) -> bool:
+    plain = type(module) is nn.Conv2d and module.groups == 1 and module.padding_mode == "zeros"
+    return is_called(module, use) and (isinstance(module, nn.Linear) or takes_patches(module) or plain)
 
 
 def _linear(module: nn.Module, use: Use) -> bool:
@@ -102,7 +103,7 @@ _ANYWHERE = "convolutions, linear layers and attention"
 _LINEAR = "linear layers that are called"
 _SEQUENCES = "linear layers that are called with N x tokens x channels"
 _PLAIN = "linear layers and plain convolutions that are called"
-_PATCHES = "linear layers and convolutions of patches side by side that are called"
+_UNGROUPED = "linear layers and convolutions without groups that are called"
 _SCALED = ("r", "lora_alpha", "use_rslora")
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 _RANK = integer(1, _MOST)
@@ -126,7 +127,7 @@ BRANCHES: dict[str, BranchKind] = {
     kind.name: kind
     for kind in (
         BranchKind("lora", "LoRA", _anywhere, _ANYWHERE, fields=LORA_FIELDS, layer=WeightLora),
-        BranchKind("lnlora", "LNLoRA", _token_wise, _PATCHES, fields=(*_SCALED, *_PATTERNS), layer=LNLora),
+        BranchKind("lnlora", "LNLoRA", _ungrouped, _UNGROUPED, fields=(*_SCALED, *_PATTERNS), layer=LNLora),
         BranchKind(
             "foura",
             "FouRA",
