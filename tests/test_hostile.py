@@ -25,10 +25,10 @@ from tiny_models import MODELS, MODES, change_everything
 
 from autolora_hf import RobustnessReport, get_autolora_model, load_autolora_model
 from autolora_hf.backbones import load_backbone
+from autolora_hf.consistency import check_branches
 from autolora_hf.files import inside, read_header, read_json
 from autolora_hf.hub.model_card import Environment, write_model_card
 from autolora_hf.record import RECORD, Record
-from autolora_hf.saving import check_branches
 from autolora_hf.untrusted import check_network
 
 
