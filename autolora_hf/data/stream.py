@@ -343,6 +343,7 @@ def as_pixel_stream(
     buffer_size: int = BUFFER_SIZE,
     num_workers: int = 0,
     broken_images: BrokenImages = "raise",
+    labelled: bool = True,
 ) -> PixelStream:
     """Makes a [`PixelStream`] of a stream of labelled images. Reads it once, without decoding images.
 
@@ -357,7 +358,7 @@ def as_pixel_stream(
         buffer_size (`int`): Samples in the shuffle buffer. Their encoded images are in memory,
             in every worker process.
         num_workers (`int`): Processes that read and decode; see [`PixelStream`].
-        broken_images (`str`): `"raise"` or `"skip"`; see [`PixelStream`].
+        broken_images (`str`), labelled (`bool`): See [`PixelStream`] and [`as_pixel_dataset`].
 
     Raises:
         TypeError: For sources of another kind, items that are no pairs or dictionaries, labels that are no integers.
@@ -365,7 +366,7 @@ def as_pixel_stream(
             node, and missing or ambiguous columns.
     """
     options = {"seed": seed, "shuffle": shuffle, "buffer_size": buffer_size, "num_workers": num_workers}
-    options["broken_images"] = broken_images
+    options |= {"broken_images": broken_images}
     if isinstance(source, PixelStream):
         return source.reopen(preprocessing, augmentation, name, **options)
     if not is_stream(source):
@@ -374,7 +375,7 @@ def as_pixel_stream(
         )
     kind = ArrowStream if isinstance(source, datasets.IterableDataset) else TorchStream
     try:
-        reader = kind(source, image_column, label_column)
+        reader = kind(source, image_column, label_column, labelled)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     scan = scan_stream(reader, name)

@@ -261,7 +261,8 @@ class DiagnosisCallback(TrainerCallback):
     ) -> None:
         trainer = self.trainer
         self._validation = Validation.of(trainer.eval_dataset.labels, trainer.model.num_classes)
-        if state.global_step == 0 and trainer.objective.needs_adversarial:
+        # The measurement tells whether robust *fine-tuning* may start here; towers are made robust by it.
+        if state.global_step == 0 and trainer.objective.needs_adversarial and trainer.objective.classifies:
             self._measure_start()
         # What a run that goes on has said before is not said again.
         self._said = 0 if state.global_step == 0 else len(self._findings())
