@@ -97,10 +97,9 @@ class SimClip(_EmbeddingObjective):
 
     `z` and `z~` are the embeddings of the clean and the attacked image by the *same* tower, `sg` stops the gradient.
     Both directions are in the loss, as the paper defines it. Without a predictor between them they add up to half the
-    gradient of the plain cosine, so nothing but the small learning rate keeps the embeddings from collapsing or from
-    leaving the space of the text embeddings: `train_image_similarity`, the mean cosine between images of a batch, goes
-    to 1 when they collapse. With FARE the original tower prevents both. The released code differs from the paper, see
-    [`Fare`].
+    gradient of the plain cosine, so nothing but the small learning rate keeps the embeddings of all images from
+    becoming one, which a warning tells, or from leaving the space of the text embeddings. With FARE the original tower
+    prevents both. The released code differs from the paper, see [`Fare`].
 
     Args:
         symmetric (`bool`): Both directions; else the adversarial embedding alone is moved, `1 + D(z~, sg(z))`.
@@ -129,8 +128,7 @@ class SimClip(_EmbeddingObjective):
         loss = distances("cosine", robust, clean.detach()).mean()
         if self.symmetric:
             loss = (loss + distances("cosine", clean, robust.detach()).mean()) / 2
-        similarity = _similarity(clean.detach())
-        return ObjectiveOutput(loss, {"embedding_distance": loss.detach(), "train_image_similarity": similarity})
+        return ObjectiveOutput(loss, {"embedding_distance": loss.detach()})
 
 
 def distances(kind: str, first: Tensor, second: Tensor) -> Tensor:
@@ -138,10 +136,3 @@ def distances(kind: str, first: Tensor, second: Tensor) -> Tensor:
     if kind == "l2":
         return (first - second).square().sum(-1)
     return 1 - F.cosine_similarity(first, second, dim=-1)
-
-
-def _similarity(embeddings: Tensor) -> Tensor:
-    """Mean cosine between different rows of N x D, a scalar; 1 for a single one."""
-    count = len(embeddings)
-    total = F.normalize(embeddings.float(), dim=-1).sum(0).square().sum()
-    return (total - count) / (count * (count - 1)) if count > 1 else total

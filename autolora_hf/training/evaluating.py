@@ -17,10 +17,11 @@ from ..data import PixelDataset, stratified_subset
 from ..evaluation import Accuracy
 from ..modeling import AutoLoraModel
 from ..objectives import Objective
+from ..objectives.terms import similarity
 from ..routes import NATURAL, ROBUST
 from .arguments import AutoLoraTrainingArguments
 from .attacking import RouteAttacker
-from .diagnosis import DiagnosisCallback, prediction_shares
+from .diagnosis import SIMILARITY, DiagnosisCallback, prediction_shares
 from .distributed import synchronize
 from .numerics import StepGuard
 from .publishing import PublishingTrainer
@@ -171,5 +172,8 @@ def accuracies(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def losses(prediction: EvalPrediction) -> dict[str, float]:
-    """Validation metrics of what does not classify: the objective's own loss, under attack and without one."""
-    return {name: float(np.mean(prediction.predictions[name])) for name in ("loss", "clean_loss")}
+    """Validation metrics of what does not classify: the objective's own loss, under attack and without one, and how
+    similar the embeddings of different images are."""
+    found = prediction.predictions
+    means = {name: float(np.mean(found[name])) for name in ("loss", "clean_loss")}
+    return means | {SIMILARITY: similarity(torch.from_numpy(found["clean"])).item()}

@@ -24,6 +24,7 @@ LOSS_COLUMNS = (
     ("loss", "loss", "{:.4g}"),
     ("val. loss", "eval_loss", "{:.4g}"),
     ("without attack", "eval_clean_loss", "{:.4g}"),
+    ("similarity", "eval_image_similarity", "{:.3f}"),
     ("next lr", "next_learning_rate", "{:.2g}"),
 )
 
@@ -35,7 +36,8 @@ class EpochTableCallback(ProgressCallback):
     validation images.
 
     Args:
-        accuracies (`bool`): Whether there are any; else the validation loss is shown, under attack and without one.
+        accuracies (`bool`): Whether there are any; else the validation loss is shown, under attack and without one,
+            and the mean cosine between the embeddings of different images.
     """
 
     def __init__(self, accuracies: bool = True) -> None:
