@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -54,13 +56,29 @@ def load_pretrained(
         return AutoModelForImageClassification.from_pretrained(
             source, **options, trust_remote_code=False, ignore_mismatched_sizes=num_classes is not None
         )
-    model, found = kind.cls.from_pretrained(source, **options, output_loading_info=True)
+    with _without_report():
+        model, found = kind.cls.from_pretrained(source, **options, output_loading_info=True)
     if found["missing_keys"]:
         raise ValueError(
             f"The checkpoint has no weights for {listed(sorted(found['missing_keys']))} of {kind.name}, which would "
             "be drawn at random."
         )
     return model
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Keeps transformers from listing every tensor of the text half, which is not wanted, as unexpected."""
+    report = logging.getLogger("transformers.modeling_utils")
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    report.addFilter(is_other)
+    try:
+        yield
+    finally:
+        report.removeFilter(is_other)
 
 
 def from_config(config: PreTrainedConfig) -> nn.Module:

@@ -112,6 +112,18 @@ def refuse_test_set(validation: Any) -> None:
         )
 
 
+def warn_of_few(images: int, accuracies: bool) -> None:
+    """Warns of a validation set whose accuracies, or whose loss, would be mostly chance."""
+    if images < 50:
+        steps = f"robust accuracy moves in steps of {100 / images:.0f} points"
+        logger.warning(
+            "Only %d validation images: %s, and it decides about the learning rate and the best weights. Pass an "
+            "`eval_dataset` or raise `validation_fraction`.",
+            images,
+            steps if accuracies else "their mean loss is mostly chance",
+        )
+
+
 class BrokenImagesCallback(TrainerCallback):
     """Warns of training images that could not be read: after the first pass and after every epoch, of each once.
 

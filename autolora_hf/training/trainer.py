@@ -35,7 +35,7 @@ from ..schedules import (
 from .arguments import AutoLoraTrainingArguments
 from .attacking import RouteAttacker
 from .averaging import WeightAverage
-from .data import BrokenImagesCallback, prepare_data
+from .data import BrokenImagesCallback, prepare_data, warn_of_few
 from .diagnosis import DiagnosisCallback
 from .distributed import (
     Share,
@@ -149,13 +149,8 @@ class AutoLoraTrainer(EvaluatingTrainer):
         # In which the update computes attention.
         self._precision = mixed.get(self.accelerator.mixed_precision, next(model.parameters()).dtype)
         self._channels_last = args.channels_last and any(isinstance(module, nn.Conv2d) for module in model.modules())
-        if self.objective.classifies and len(validation) < 50 and args.process_index == 0:
-            logger.warning(
-                "Only %d validation images: robust accuracy moves in steps of %.0f points, and it decides about the "
-                "learning rate and the best weights. Pass an `eval_dataset` or raise `validation_fraction`.",
-                len(validation),
-                100 / len(validation),
-            )
+        if args.process_index == 0:
+            warn_of_few(len(validation), self.objective.classifies)
         if args.should_save:
             write_json(self.plan, Path(args.output_dir) / PLAN)
         check_shared_folder(args, Path(args.output_dir) / PLAN)
