@@ -23,7 +23,7 @@ from .heads import check_heads, resolve_heads
 from .modeling import AutoLoraModel
 from .pixels import Preprocessing, size_pair
 from .routes import NATURAL, ROBUST
-from .towers import TOWERS, tower_of
+from .towers import is_recorded_tower, tower_of
 
 
 logger = logging.getLogger(__name__)
@@ -220,7 +220,7 @@ def load_autolora_model(
             record.num_classes,
             image_size=size,
             library=library,
-            tower=library == "transformers" and record.backbone["architecture"] in TOWERS,
+            tower=is_recorded_tower(record.backbone),
             revision=commit,
             token=token,
             cache_dir=cache_dir,

@@ -52,6 +52,11 @@ def tower_of(model: nn.Module) -> Tower | None:
     return TOWERS.get(type(network).__name__) if isinstance(network, PreTrainedModel) else None
 
 
+def is_recorded_tower(record: dict[str, Any]) -> bool:
+    """Whether a record of [`describe_backbone`] is of an image tower."""
+    return record["library"] == "transformers" and record["architecture"] in TOWERS
+
+
 def saved_tower(config: PreTrainedConfig) -> Tower | None:
     """The tower that a configuration says it is of; `None` if it is of another network."""
     for name in config.architectures or ():
