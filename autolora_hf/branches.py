@@ -34,6 +34,9 @@ from .layers import (
 
 logger = logging.getLogger(__name__)
 
+# In the square matrices that a kind of branch works with, all widths together: 1 GiB in single precision.
+_MOST_VALUES = 2**28
+
 
 # ---- which layers ----
 
@@ -189,14 +192,18 @@ def finish(layers: dict[str, BaseTunerLayer], config: AutoLoraConfig, adapters: 
         )
 
 
+def mergeable(layers: dict[str, BaseTunerLayer], adapters: list[str]) -> bool:
+    """Whether `adapters` can be merged into the weights of every layer."""
+    return all(can_merge(layer, adapters) for layer in layers.values())
+
+
 def check_mergeable(layers: dict[str, BaseTunerLayer], config: AutoLoraConfig, adapters: list[str]) -> None:
-    """Raises `ValueError` unless `adapters` can be merged into the weights of every layer."""
-    fixed = [name for name, layer in layers.items() if not can_merge(layer, adapters)]
-    if fixed:
+    """Raises `ValueError` unless [`mergeable`]."""
+    if not mergeable(layers, adapters):
         raise ValueError(
-            f"A branch of kind {config.branch!r} depends on its input, so it cannot be merged into the weights of "
-            f"{fixed[0]}: there is no plain model that computes the same. Save the model with `save_pretrained`, or "
-            "write it as ONNX, where the branches stay."
+            f"A branch of kind {config.branch!r} depends on its input, so it cannot be merged into the weights of its "
+            "layer: there is no plain model that computes the same. Save the model with `save_pretrained`, or write "
+            "it as ONNX, where the branches stay."
         )
 
 
@@ -211,9 +218,17 @@ def count_values(config: AutoLoraConfig, layers: dict[str, nn.Module]) -> int:
         layers (`dict[str, nn.Module]`): The layers that are to carry it, by name.
 
     Raises:
-        ValueError: If PEFT cannot make the branch of a layer; nothing is changed then.
+        ValueError: If PEFT cannot make the branch of a layer, or a branch would need matrices of excessive size;
+            nothing is changed then.
     """
     kind, made = config.kind, {}
+    sides = {side for layer in layers.values() for side in kind.squares(getattr(layer, weight_name(layer)))}
+    if sum(side**2 for side in sides) > _MOST_VALUES:
+        raise ValueError(
+            f"A branch of kind {kind.name!r} works with square matrices as wide as its layers, which here have up to "
+            f"{max(sides):,} channels or inputs: too much memory. Name narrower layers as `target_modules=[...]`, or "
+            "use another kind."
+        )
     like: dict[tuple[Any, ...], BaseTunerLayer] = {}
     for name, layer in layers.items():
         rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)

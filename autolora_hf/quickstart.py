@@ -159,10 +159,10 @@ def run_quickstart(output_dir: str | os.PathLike, settings: QuickstartSettings |
     return {"reports": reports, "seconds": seconds}
 
 
-def _fresh_model(settings: QuickstartSettings) -> AutoLoraModel:
+def _fresh_model(settings: QuickstartSettings, config: AutoLoraConfig | None = None) -> AutoLoraModel:
     torch.manual_seed(settings.seed)
     digits = [str(digit) for digit in range(10)]
-    model = get_autolora_model("quickstart", AutoLoraConfig(mode=settings.mode), label_names=digits)
+    model = get_autolora_model("quickstart", config or AutoLoraConfig(mode=settings.mode), label_names=digits)
     # The checkpoint's head knows ten kinds of clothing, not ten digits.
     model.heads[0].reset_parameters()
     model.threat_model = ThreatModel("linf", settings.eps)
@@ -170,10 +170,15 @@ def _fresh_model(settings: QuickstartSettings) -> AutoLoraModel:
 
 
 def train_on_digits(
-    objective: str, settings: QuickstartSettings, folder: Path, quiet: bool = False, **changes: Any
+    objective: str,
+    settings: QuickstartSettings,
+    folder: Path,
+    quiet: bool = False,
+    config: AutoLoraConfig | None = None,
+    **changes: Any,
 ) -> AutoLoraTrainer:
-    """The quickstart's training, finished; `changes` are further training arguments."""
-    model, train = _fresh_model(settings), load_digits()["train"]
+    """The quickstart's training, finished; `config` is of another model, `changes` are further training arguments."""
+    model, train = _fresh_model(settings, config), load_digits()["train"]
     chosen = stratified_subset(train["label"], settings.train_images, settings.seed)
     # Decoded once: reading small pictures anew in every epoch would take longer than a training step.
     items = [as_pixel_dataset(train, model.preprocessing)[index] for index in chosen]

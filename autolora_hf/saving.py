@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import backbones
+from . import backbones, branches
 from .attacks.pgd import forget_cached
 from .config import AUTOLORA_FIELDS
-from .consistency import check_branches, check_files
+from .consistency import check_files
 from .digests import weights_digest
 from .download import commit_of, download, is_repository_name
 from .files import (
@@ -34,7 +34,7 @@ from .files import (
     write_json,
 )
 from .fingerprint import fingerprint
-from .layers import LORA_FIELDS, can_merge
+from .layers import LORA_FIELDS
 from .layout import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -95,7 +95,7 @@ def save(model: AutoLoraModel, directory: str | os.PathLike) -> None:
             "Stock PEFT has no exact layer for every branch of this adapter, so it is saved as %s, which "
             "`load_autolora_model` reads.%s",
             ROBUST_FACTORS,
-            " `merge_and_unload()` gives a plain model." if _merges(model) else "",
+            " `merge_and_unload()` gives a plain model." if branches.mergeable(model.lora_layers(), [ROBUST]) else "",
         )
     # A route may have its own norms in the place of the others: those of the deployed one are saved as the model's.
     with model.route(ROBUST), staged(directory, last=RECORD) as folder:
@@ -138,10 +138,6 @@ def save_plain(model: AutoLoraModel, directory: str | os.PathLike) -> None:
     network = copy.deepcopy(model).merge_and_unload()
     with staged(Path(directory), last=BASE_WEIGHTS) as folder:
         _save_base(model, network.state_dict(), folder)
-
-
-def _merges(model: AutoLoraModel) -> bool:
-    return all(can_merge(layer, [ROBUST]) for layer in model.lora_layers().values())
 
 
 def _files_of_an_earlier_save(directory: Path) -> list[str]:
@@ -265,9 +261,9 @@ def fetch(name_or_path: str | os.PathLike, **options: Any) -> tuple[Path, Record
 
 def rebuild(directory: Path, record: Record) -> nn.Module:
     """Mode `full`: a network of the recorded architecture, as large as the saved weights and yet without them."""
-    path = inside(directory, BASE_WEIGHTS)
-    with bounded_size(read_header(path)):
-        check_branches(backbones.rebuild_backbone(record.backbone), record, directory)
+    with bounded_size(read_header(inside(directory, BASE_WEIGHTS))):
+        # First without memory.
+        backbones.rebuild_backbone(record.backbone)
         return backbones.rebuild_backbone(record.backbone, device="cpu")
 
 

@@ -49,6 +49,7 @@ class _Watched(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.use.called, self.use.order = True, next(self.calls)
+        self.use.dimensions = getattr(args[0], "ndim", 0) if args else 0
         return self.layer(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

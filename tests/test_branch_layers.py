@@ -47,6 +47,7 @@ def patch_conv():
 OUTPUT_LAYERS = {
     "lnlora, linear": (LNLora, lambda: nn.Linear(6, 10), (3, 5, 6)),
     "lnlora, patches": (LNLora, patch_conv, (2, 3, 13, 8)),
+    "lnlora, convolution": (LNLora, lambda: nn.Conv2d(3, 8, 3, padding=1, stride=2), (2, 3, 7, 7)),
     "adakron, linear": (AdaKron, lambda: nn.Linear(6, 10), (3, 5, 6)),
     "adakron, convolution": (AdaKron, lambda: nn.Conv2d(3, 8, 3, padding=1, stride=2), (2, 3, 7, 7)),
     "gated foura": (GatedFoura, lambda: nn.Linear(6, 10), (3, 5, 6)),
@@ -58,7 +59,7 @@ OUTPUT_LAYERS = {
 # ---- FouRA ----
 
 
-@pytest.mark.parametrize("size", [1, 2, 7, 16])
+@pytest.mark.parametrize("size", [1, 2, 7, 16, 600])
 def test_the_cosine_transform_is_orthonormal(size):
     matrix = dct_matrix(size, torch.zeros((), dtype=torch.float64))
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(size, dtype=torch.float64))
@@ -176,6 +177,18 @@ def test_lnlora_of_patches_is_that_of_flattened_patches():
             parameter.copy_(branch_parameters(layer, "one")[name])
     expected = twin(patches_of(images, conv.kernel_size)).permute(0, 3, 1, 2)
     torch.testing.assert_close(layer(images), expected)
+
+
+@pytest.mark.parametrize("options", [{"padding": 1, "stride": 2}, {"dilation": 2}, {"padding": "same"}])
+def test_lnlora_of_a_convolution_normalises_the_channels_at_each_place(options):
+    layer, images = made(LNLora, nn.Conv2d(3, 8, 3, **options)), torch.randn(2, 3, 9, 7, dtype=torch.float64)
+    norm, conv = layer.lora_norm["one"], layer.base_layer
+    places = images.permute(0, 2, 3, 1)
+    normalised = (F.layer_norm(places, (3,)) * norm.weight + norm.bias).permute(0, 3, 1, 2)
+    change = (layer.lora_B["one"] @ layer.lora_A["one"]).view(8, 3, 3, 3) * 6 / 4
+    expected = conv(images) + F.conv2d(normalised, change, None, conv.stride, conv.padding, conv.dilation)
+    torch.testing.assert_close(layer(images), expected)
+    assert sum(p.numel() for p in branch_parameters(layer, "one").values()) == 4 * (3 * 9 + 8) + 2 * 3
 
 
 def test_which_convolutions_take_patches():

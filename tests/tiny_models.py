@@ -131,6 +131,6 @@ def change_everything(model, seed: int = 1) -> None:
             if parameter.requires_grad:
                 parameter += 0.05 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
         model.train()
-        for route in ("natural", "robust"):
+        for route in reversed(model.routes):
             model.pixel_space(route)(pixels(8, seed + 1, next(model.parameters()).dtype))
     model.eval()

@@ -355,8 +355,7 @@ def as_pixel_stream(
         seed (`int`): Of the order, and of the choice of what is held out.
         shuffle (`bool`): Whether passes are shuffled, by shards and with a buffer; equal seeds and epochs give equal
             orders. A stream that was shuffled already is not shuffled again; it changes its order with the epoch.
-        buffer_size (`int`): Samples in the shuffle buffer. Their encoded images are in memory,
-            in every worker process.
+        buffer_size (`int`): Samples in the shuffle buffer, whose encoded images every worker process has in memory.
         num_workers (`int`): Processes that read and decode; see [`PixelStream`].
         broken_images (`str`), labelled (`bool`): See [`PixelStream`] and [`as_pixel_dataset`].
 
@@ -366,7 +365,7 @@ def as_pixel_stream(
             node, and missing or ambiguous columns.
     """
     options = {"seed": seed, "shuffle": shuffle, "buffer_size": buffer_size, "num_workers": num_workers}
-    options |= {"broken_images": broken_images}
+    options["broken_images"] = broken_images
     if isinstance(source, PixelStream):
         return source.reopen(preprocessing, augmentation, name, **options)
     if not is_stream(source):

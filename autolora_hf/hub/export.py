@@ -64,7 +64,8 @@ def export_onnx(
 ) -> OnnxExport:
     """Writes one route as an ONNX file: `pixels`, float32 N x 3 x H x W in [0, 1], to `logits`, float32 N x K.
 
-    Normalisation is inside, N is free, and the branches are merged, so that the graph is that of the plain backbone.
+    Normalisation is inside, N is free, and the branches are merged, so that the graph is that of the plain backbone;
+    kinds that cannot be merged stay in it.
     The file is in float32, whatever the precision of the model is. Its metadata hold, as JSON, `threat_model`,
     `image_size` (height and width), `class_names` (`null` if unknown) and `resize` (how images come to that size), and
     as text `route` and `autolora_hf_version`.

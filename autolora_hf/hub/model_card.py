@@ -14,14 +14,15 @@ import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
-from .. import architectures
+from .. import architectures, branches
+from ..config import AutoLoraConfig
 from ..download import is_repository_name
 from ..evaluation import Accuracy, RobustnessReport
 from ..files import write_atomically
-from ..layers import branch_kind
-from ..layout import NATURAL_ADAPTER, base_tensors, deployed_tensors, loads_with_stock_peft, weight_files
+from ..layout import base_tensors, deployed_tensors, loads_with_stock_peft
 from ..modeling import AutoLoraModel
 from ..objectives import OBJECTIVES
+from ..routes import ROBUST
 from ..saving import current_results
 from ..towers import tower_of
 
@@ -78,9 +79,6 @@ def write_model_card(
         named=_source(model) or model.backbone["architecture"],
         config=model.autolora_config,
         trained_with=_trained_with(model),
-        branch_name=branch_kind(model.autolora_config.branch).title,
-        own_kind=not branch_kind(model.autolora_config.branch).is_pefts and model.autolora_config.branch != "lora",
-        has_natural_adapter=weight_files(model)[1] == NATURAL_ADAPTER,
         own_architecture=model.backbone["architecture"] in architectures.NAMES,
         backbone=model.backbone,
         base_code=_base_code(model),
@@ -93,6 +91,10 @@ def write_model_card(
         parameters=_backbone_parameters(model),
         adapter_parameters=_adapter_parameters(model),
         stock_peft=loads_with_stock_peft(model),
+        branch=model.autolora_config.kind.title,
+        of_peft=model.autolora_config.branch == "lora" or model.autolora_config.kind.is_pefts,
+        rank=_rank(model.autolora_config),
+        plain=model.backbone["config"] is not None and _merges(model),
         rows=[*rows_of_results(results), *(measurement_row(*item) for item in (comparisons or {}).items())],
         own=results,
         publishable=any(report.publishable for report in results),
@@ -248,7 +250,22 @@ def _transformers_class(model: AutoLoraModel) -> str:
 def _trained_with(model: AutoLoraModel) -> str:
     """What the objective of the training says about itself; a stranger's plan may name any, or none."""
     objective = (model.training_plan or {}).get("objective")
-    return OBJECTIVES[objective].description if isinstance(objective, str) and objective in OBJECTIVES else ""
+    if not isinstance(objective, str) or objective not in OBJECTIVES:
+        return ""
+    return OBJECTIVES[objective].description.replace("{branch}", model.autolora_config.kind.title)
+
+
+def _rank(config: AutoLoraConfig) -> str:
+    """What was set of the branches, as text."""
+    names = {"r": "r", "lora_alpha": "alpha"}
+    values = {name: getattr(config, field) for field, name in names.items() if field in config.kind.fields}
+    shown = [f"{name} = {value}" for name, value in {**values, **config.branch_args}.items()]
+    return " and ".join(shown) or "PEFT's defaults"
+
+
+def _merges(model: AutoLoraModel) -> bool:
+    """Whether a plain checkpoint can be made of the deployed route."""
+    return model.autolora_config.mode == "full" or branches.mergeable(model.lora_layers(), [ROBUST])
 
 
 def _backbone_parameters(model: AutoLoraModel) -> int:

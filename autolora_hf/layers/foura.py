@@ -8,7 +8,6 @@ for. Without it the change of the weight is `D_out^T B A D_in s`: exact to merge
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,20 +20,32 @@ from .output import OutputBranch, RankGate
 from .weight import WeightLora
 
 
+# Shared by all layers of a width: as a buffer of each it would take more memory than the model. A plain dictionary,
+# which torch.compile can look into.
+_MATRICES: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+_MOST_MATRICES = 64
+
+
 def dct_matrix(size: int, like: Tensor) -> Tensor:
     """Matrix of the orthonormal DCT-II, `size x size`, row by frequency, on the device and in the type of `like`."""
-    return _dct_matrix(size, like.device, like.dtype)
+    key = (size, like.device, like.dtype)
+    if key not in _MATRICES:
+        while len(_MATRICES) >= _MOST_MATRICES:
+            del _MATRICES[next(iter(_MATRICES))]
+        _MATRICES[key] = _dct_matrix(*key)
+    return _MATRICES[key]
 
 
-# Shared by all layers of a width: as a buffer of each it would take more memory than the model.
-@lru_cache(maxsize=64)
 def _dct_matrix(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    frequency, place = np.arange(size)[:, None], np.arange(size)[None, :]
-    matrix = np.cos(math.pi * frequency * (place + 0.5) / size) * math.sqrt(2 / size)
-    matrix[0] /= math.sqrt(2)
     # What is made in inference mode could not take part in training later.
     with torch.inference_mode(False):
-        return torch.from_numpy(matrix).to(device, dtype)
+        matrix = torch.empty(size, size, dtype=dtype)
+        for start in range(0, size, 512):  # a part at a time, since it is computed in double precision
+            frequency = np.arange(start, min(start + 512, size))[:, None]
+            rows = np.cos(math.pi / size * frequency * (np.arange(size) + 0.5)) * math.sqrt(2 / size)
+            matrix[start : start + 512] = torch.from_numpy(rows)
+        matrix[0] /= math.sqrt(2)
+        return matrix.to(device)
 
 
 class WeightFoura(WeightLora):

@@ -6,6 +6,7 @@ its own machinery, so that stock PEFT loads what is saved of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,14 +15,14 @@ from peft import LoraConfig, PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.oft.layer import OFTLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from ..checks import Check, boolean, integer, number, one_of, optional
 from .base import BranchLayer
 from .efft import WeightEfft
 from .foura import GatedFoura, WeightFoura
 from .output import AdaKron, LNLora, OutputBranch, takes_patches
-from .uses import Use, in_stock_peft, is_only_called
+from .uses import Use, in_stock_peft, is_called
 from .weight import WeightLora
 
 
@@ -37,6 +38,7 @@ class BranchKind:
 
     Args:
         name (`str`): What `AutoLoraConfig.branch` calls it.
+        title (`str`): What its authors call it.
         fits (`Callable`): `(layer, use) -> bool`: whether it computes the right thing on a layer that is used so.
         where (`str`): The layers that it fits, in words.
         fields (`tuple[str, ...]`): The fields of `LORA_FIELDS` that it knows.
@@ -45,9 +47,11 @@ class BranchKind:
         config (`type[PeftConfig]`): PEFT's configuration class.
         fixed (`dict`): Fields of that class that are always set.
         multiple (`int`): The rank must be a multiple of it.
+        squares (`Callable`): `weight -> sides` of the square matrices that it makes for a weight.
     """
 
     name: str
+    title: str
     fits: Callable[[nn.Module, Use], bool]
     where: str
     fields: tuple[str, ...] = ("r",)
@@ -56,30 +60,12 @@ class BranchKind:
     config: type[PeftConfig] = LoraConfig
     fixed: dict[str, Any] = field(default_factory=dict)
     multiple: int = 1
-
-    @property
-    def title(self) -> str:
-        """Its name as its authors write it."""
-        return _TITLES.get(self.name, self.name.upper())
+    squares: Callable[[Tensor], tuple[int, ...]] = lambda weight: ()
 
     @property
     def is_pefts(self) -> bool:
         """Whether it is a tuner of PEFT's own."""
         return self.layer is None
-
-
-_TITLES = {
-    "lora": "LoRA",
-    "lnlora": "LNLoRA",
-    "foura": "FouRA",
-    "adakron": "AdaKron",
-    "dora": "DoRA",
-    "loha": "LoHa",
-    "lokr": "LoKr",
-    "hira": "HiRA",
-    "miss": "MiSS",
-    "road": "RoAd",
-}
 
 
 def _anywhere(module: nn.Module, use: Use) -> bool:
@@ -95,24 +81,39 @@ def _plain(module: nn.Module, use: Use) -> bool:
     return in_stock_peft(module, use) and (isinstance(module, nn.Linear) or type(module) is nn.Conv2d)
 
 
-def _token_wise(module: nn.Module, use: Use) -> bool:
-    return is_only_called(module, use) and (isinstance(module, nn.Linear) or takes_patches(module))
+def _sequence_linear(module: nn.Module, use: Use) -> bool:
+    # PEFT's rotation takes any input of four dimensions for that of a convolution.
+    return _plain_linear(module, use) and use.dimensions != 4
+
+
+def _ungrouped(module: nn.Module, use: Use) -> bool:
+    plain = type(module) is nn.Conv2d and module.groups == 1 and module.padding_mode == "zeros"
+    return is_called(module, use) and (isinstance(module, nn.Linear) or takes_patches(module) or plain)
+
+
+def _linear(module: nn.Module, use: Use) -> bool:
+    return is_called(module, use) and isinstance(module, nn.Linear)
+
+
+def _inputs(weight: Tensor) -> tuple[int, ...]:
+    return (math.prod(weight.shape[1:]),)
 
 
 _ANYWHERE = "convolutions, linear layers and attention"
 _LINEAR = "linear layers that are called"
+_SEQUENCES = "linear layers that are called with N x tokens x channels"
 _PLAIN = "linear layers and plain convolutions that are called"
-_PATCHES = "linear layers and convolutions of patches side by side that are called"
+_UNGROUPED = "linear layers and convolutions without groups that are called"
 _SCALED = ("r", "lora_alpha", "use_rslora")
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 _RANK = integer(1, _MOST)
 
 
-def _pefts(name: str, where: str = _PLAIN, config: type[PeftConfig] | None = None, **options: Any) -> BranchKind:
-    fits = _plain_linear if where == _LINEAR else _plain
-    if config is None:
-        config = PEFT_TYPE_TO_CONFIG_MAPPING[name.upper()]
-    return BranchKind(name, fits, where, config=config, **options)
+def _pefts(title: str, where: str = _PLAIN, name: str | None = None, **options: Any) -> BranchKind:
+    name = name or title.lower()
+    options.setdefault("config", PEFT_TYPE_TO_CONFIG_MAPPING.get(name.upper()))
+    fits = {_PLAIN: _plain, _LINEAR: _plain_linear, _SEQUENCES: _sequence_linear}[where]
+    return BranchKind(name, title, fits, where, **options)
 
 
 _LYCORIS = {
@@ -125,29 +126,32 @@ _LYCORIS = {
 BRANCHES: dict[str, BranchKind] = {
     kind.name: kind
     for kind in (
-        BranchKind("lora", _anywhere, _ANYWHERE, fields=LORA_FIELDS, layer=WeightLora),
-        BranchKind("lnlora", _token_wise, _PATCHES, fields=(*_SCALED, *_PATTERNS), layer=LNLora),
+        BranchKind("lora", "LoRA", _anywhere, _ANYWHERE, fields=LORA_FIELDS, layer=WeightLora),
+        BranchKind("lnlora", "LNLoRA", _ungrouped, _UNGROUPED, fields=(*_SCALED, *_PATTERNS), layer=LNLora),
         BranchKind(
             "foura",
+            "FouRA",
             _anywhere,
             _ANYWHERE,
             fields=(*_SCALED, *_PATTERNS),
             arguments={"gate": optional(one_of("hard"))},
             layer=WeightFoura,
+            squares=lambda weight: tuple(weight.shape[:2]),
         ),
-        BranchKind("efft", _anywhere, _ANYWHERE, fields=_SCALED, layer=WeightEfft),
+        BranchKind("efft", "EFFT", _anywhere, _ANYWHERE, fields=_SCALED, layer=WeightEfft),
         BranchKind(
             "adakron",
-            is_only_called,
+            "AdaKron",
+            is_called,
             "linear layers and convolutions that are called",
             fields=("r", "rank_pattern"),
             layer=AdaKron,
             multiple=AdaKron.SECOND,
         ),
-        _pefts("dora", config=LoraConfig, fixed={"use_dora": True}, fields=LORA_FIELDS),
-        _pefts("loha", arguments=_LYCORIS),
+        _pefts("DoRA", config=LoraConfig, fixed={"use_dora": True}, fields=LORA_FIELDS),
+        _pefts("LoHa", arguments=_LYCORIS),
         _pefts(
-            "lokr",
+            "LoKr",
             arguments={
                 **_LYCORIS,
                 "decompose_both": boolean,
@@ -156,13 +160,13 @@ BRANCHES: dict[str, BranchKind] = {
             },
         ),
         # Starts at the identity in pairs of reflections.
-        _pefts("hra", arguments={"apply_GS": boolean}, multiple=2),
-        _pefts("ia3", fixed={"feedforward_modules": []}, fields=()),
-        _pefts("hira", arguments={"hira_dropout": _SHARE}),
+        _pefts("HRA", arguments={"apply_GS": boolean}, multiple=2, squares=_inputs),
+        _pefts("(IA)3", name="ia3", fixed={"feedforward_modules": []}, fields=()),
+        _pefts("HiRA", arguments={"hira_dropout": _SHARE}),
         # PEFT's rotation of a convolution's input is not the identity at the start.
         _pefts(
-            "oft",
-            _LINEAR,
+            "OFT",
+            _SEQUENCES,
             fields=(),
             arguments={
                 "r": integer(0, _MOST),
@@ -172,10 +176,11 @@ BRANCHES: dict[str, BranchKind] = {
                 "use_cayley_neumann": boolean,
                 "num_cayley_neumann_terms": integer(1, 64),
             },
+            squares=_inputs,
         ),
-        _pefts("miss", _LINEAR, arguments={"miss_dropout": _SHARE}),
+        _pefts("MiSS", _LINEAR, arguments={"miss_dropout": _SHARE}),
         _pefts(
-            "road",
+            "RoAd",
             _LINEAR,
             fields=(),
             arguments={"variant": one_of("road_1", "road_2", "road_4"), "group_size": integer(2, _MOST)},
@@ -207,7 +212,7 @@ def branch_kind(name: Any, arguments: dict[str, Any] | None = None) -> BranchKin
     if isinstance(name, str) and name in BRANCHES:
         kind = BRANCHES[name]
         if name == "foura" and (arguments or {}).get("gate"):
-            return replace(kind, fits=_plain_linear, where=_LINEAR, layer=GatedFoura)
+            return replace(kind, fits=_linear, where=_LINEAR, layer=GatedFoura)
         return kind
     options = ", ".join(map(repr, BRANCHES))
     if isinstance(name, str) and name in REFUSED:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -70,6 +71,10 @@ class LNLora(OutputBranch):
     `LN` is a LayerNorm of the adapter's own over the `c_in` inputs, `A` is `r x c_in`, `B` is `c_out x r`, `s` is
     `lora_alpha / r`. On a convolution of patches side by side `x` is a flattened patch, and `c_in` is `C k_1 k_2`.
     `B` starts at zero. It has `r (c_in + c_out) + 2 c_in` parameters.
+
+    The paper is about transformers. On any other convolution without groups, LN is of the channels at each place, `A`
+    a convolution to r channels with the kernel, stride and padding of the layer, and `B` one of 1 x 1:
+    `r (c_in k_1 k_2 + c_out) + 2 c_in` parameters.
     """
 
     adapter_layer_names = ("lora_A", "lora_B", "lora_norm")
@@ -81,17 +86,28 @@ class LNLora(OutputBranch):
         rows, columns = weight.shape[0], weight[0].numel()
         self.lora_A[adapter_name] = nn.Parameter(weight.new_empty(r, columns))
         self.lora_B[adapter_name] = nn.Parameter(weight.new_zeros(rows, r))
-        self.lora_norm[adapter_name] = nn.LayerNorm(columns, device=weight.device, dtype=weight.dtype)
+        # Of a patch, a token, or the channels at one place.
+        width = columns if self._takes_whole_inputs else weight.shape[1]
+        self.lora_norm[adapter_name] = nn.LayerNorm(width, device=weight.device, dtype=weight.dtype)
         # The spread of PEFT's: uniform, of variance 1 / (3 c_in).
         nn.init.kaiming_uniform_(self.lora_A[adapter_name], a=5**0.5)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    @property
+    def _takes_whole_inputs(self) -> bool:
+        """Whether every output comes of one flattened input that no other shares."""
+        return not isinstance(self.base_layer, nn.Conv2d) or takes_patches(self.base_layer)
+
     def change(self, adapter: str, inputs: Tensor, outputs: Tensor) -> Tensor:
-        first, second = self.lora_A[adapter], self.lora_B[adapter]
+        first, second, norm = self.lora_A[adapter], self.lora_B[adapter], self.lora_norm[adapter]
+        if not self._takes_whole_inputs:
+            normed = norm(inputs.to(first.dtype).movedim(1, -1)).movedim(-1, 1)
+            low = self.base_layer._conv_forward(normed, first.view(-1, *self.base_layer.weight.shape[1:]), None)
+            return F.conv2d(low, second[:, :, None, None]) * self.scaling[adapter]
         is_conv = isinstance(self.base_layer, nn.Conv2d)
         if is_conv:
             inputs = patches_of(inputs, self.base_layer.kernel_size)
-        low = F.linear(self.lora_norm[adapter](inputs.to(first.dtype)), first)
+        low = F.linear(norm(inputs.to(first.dtype)), first)
         found = F.linear(low, second) * self.scaling[adapter]
         return found.permute(0, 3, 1, 2) if is_conv else found
 
@@ -158,7 +174,7 @@ class RankGate(nn.Module):
         scores = self.second(F.gelu(self.first(tokens)))
         logs = scores.log_softmax(1)
         entropy = -(logs.exp() * logs).sum(1)
-        most = torch.tensor(float(tokens.shape[1])).log().item()
+        most = math.log(tokens.shape[1])
         share = entropy / most if most > 0 else entropy + 1
         soft = torch.sigmoid(self.slope * (share - self.offset))
         # In this order nothing but zeros and ones comes out.

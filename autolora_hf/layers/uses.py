@@ -17,11 +17,13 @@ class Use:
         called (`bool`): The layer was called.
         read (`set[str]`): Attributes that were read past its call, such as `weight`.
         order (`int`): Place of its last call among all calls; 0: not called.
+        dimensions (`int`): Number of dimensions of what it was called with at last; 0: not called with a tensor.
     """
 
     called: bool = False
     read: set[str] = field(default_factory=set)
     order: int = 0
+    dimensions: int = 0
 
     @property
     def any(self) -> bool:
@@ -29,11 +31,12 @@ class Use:
         return self.called or bool(self.read)
 
 
-def is_only_called(module: nn.Module, use: Use) -> bool:
-    """Whether `module` is a linear layer or convolution that does nothing but to be called."""
-    if not use.called or use.read - {"bias", "in_features", "out_features"}:
-        return False
-    return isinstance(module, (nn.Linear, nn.Conv2d))
+def is_called(module: nn.Module, use: Use) -> bool:
+    """Whether `module` is a linear layer or convolution that is called, so that something can be added to its output.
+
+    Models may read its weight besides, for its type for instance.
+    """
+    return use.called and isinstance(module, (nn.Linear, nn.Conv2d))
 
 
 def in_stock_peft(module: nn.Module, use: Use) -> bool:
@@ -42,7 +45,7 @@ def in_stock_peft(module: nn.Module, use: Use) -> bool:
     It adds the branch to the output of a call, so the weight must not be used in any other way, and it has no right
     counterpart of grouped, dilated or standardised convolutions.
     """
-    if not is_only_called(module, use):
+    if not use.called or use.read - {"bias", "in_features", "out_features"}:
         return False
     if isinstance(module, nn.Linear):
         return type(module).forward in (nn.Linear.forward, TimmLinear.forward)

@@ -29,7 +29,7 @@ class AutoLora(Objective):
 
     description: ClassVar[str] = (
         "[AutoLoRa](https://arxiv.org/abs/2310.01818) (Xu, Zhang, Kankanhalli, ICLR 2024): a robust route that is "
-        "deployed and, during training only, a natural route with a LoRA branch of its own."
+        "deployed and, during training only, a natural route with a {branch} branch of its own."
     )
     routes: ClassVar[tuple[str, ...]] = (ROBUST, NATURAL)
     config: ClassVar[dict[str, Any]] = {}

@@ -59,7 +59,8 @@ class Objective:
     All that the trainer knows of a method stands here; it never asks which one it is.
 
     Attributes:
-        description (`str`): What model cards say about it, in Markdown, with its source.
+        description (`str`): What model cards say about it, in Markdown, with its source; `{branch}` stands for the
+            kind of the branches.
         routes (`tuple[str, ...]`): Routes that the loss runs. Parameters that none of them uses do not train.
         config (`dict`): The fields of `AutoLoraConfig` that the method is about, for [`config_for`].
         heads_only (`bool`): Only the classification layers train, and all else is in eval mode.

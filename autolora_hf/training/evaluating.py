@@ -47,6 +47,11 @@ class EvaluatingTrainer(StreamingTrainer, PublishingTrainer):
     _evaluated = 0
     _plain_loader: DataLoader | None = None
 
+    @property
+    def measures_scalars(self) -> bool:
+        """Whether the loss scalars are there and not fixed, so that an accuracy has to be measured for them."""
+        return self.objective.uses_scalars and self.args.loss_scalars is None
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._evaluated = 0
         # What is evaluated is what the main process saves.
@@ -90,7 +95,7 @@ class EvaluatingTrainer(StreamingTrainer, PublishingTrainer):
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluation during training: after it, the controller decides about the next epoch."""
         metrics = super()._evaluate(*args, **kwargs)
-        accuracy = self._scalar_accuracy() if self.objective.uses_scalars else None
+        accuracy = self._scalar_accuracy() if self.measures_scalars else None
         key = self.args.metric_for_best_model
         metric = metrics[key if key.startswith("eval_") else f"eval_{key}"]
         # The rule looks for growth.
@@ -98,8 +103,10 @@ class EvaluatingTrainer(StreamingTrainer, PublishingTrainer):
         halved = self.lr_scheduler.end_epoch(metric, accuracy, metrics.get("eval_natural_accuracy"))
         scalars = self.lr_scheduler.scalars
         logs = {"next_learning_rate": self.lr_scheduler.get_last_lr()[0], "reload": int(halved)}
+        if self.objective.uses_scalars:
+            logs = {**scalars._asdict(), **logs}
         if accuracy is not None:
-            logs = {"train_natural_route_accuracy": accuracy, **scalars._asdict(), **logs}
+            logs = {"train_natural_route_accuracy": accuracy, **logs}
         if self.args.eps_schedule != "constant":
             logs = {"eps_share": self.lr_scheduler.epsilon.share(self.state.epoch), **logs}
         self.log(logs)

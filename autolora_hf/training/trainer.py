@@ -245,8 +245,9 @@ class AutoLoraTrainer(EvaluatingTrainer):
         if kind == "milestones":
             return milestones(self.args.milestones or self.objective.milestones)
         if kind == "cosine":
-            steps = self.args.get_warmup_steps(num_training_steps)
-            return cosine(steps / num_training_steps or self.objective.warmup)
+            # In a run of a few steps the rise may not be all of them.
+            rise = min(self.args.get_warmup_steps(num_training_steps), num_training_steps - 1)
+            return cosine(rise / num_training_steps or self.objective.warmup)
         return constant()
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
@@ -373,10 +374,12 @@ class _AutoLoraCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         scheduler = self.trainer.lr_scheduler
-        if self.trainer.objective.uses_scalars and scheduler.training_accuracy is None:
+        if self.trainer.measures_scalars and scheduler.training_accuracy is None:
             scheduler.training_accuracy = self.trainer.natural_training_accuracy()
             accuracy = scheduler.training_accuracy
             self.trainer.log({"train_natural_route_accuracy": accuracy, **scheduler.scalars._asdict()})
+        elif self.trainer.objective.uses_scalars and state.global_step == 0:
+            self.trainer.log(scheduler.scalars._asdict())
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Only now is the checkpoint of the last epoch, which may be the best one, complete.
@@ -394,5 +397,4 @@ class _AutoLoraCallback(TrainerCallback):
 
 def _model_for(objective: str, model: nn.Module | str) -> AutoLoraModel:
     """A model of a backbone, or of its name, with the routes that an objective trains."""
-    tower = isinstance(model, str) and not OBJECTIVES[objective].classifies
-    return get_autolora_model(model, config_for(objective, model), tower=tower)
+    return get_autolora_model(model, config_for(objective, model), tower=not OBJECTIVES[objective].classifies)
