@@ -14,13 +14,13 @@ from ..routes import ROBUST
 from ..towers import tower_of
 
 
-# exp of the temperature that OpenAI's CLIP ended with, where its training clips it.
+# The factor that the released training code of FARE gives cosines, and about that of OpenAI's CLIP.
 LOGIT_SCALE = 100.0
 
 
 class ZeroShotClassifier(nn.Module):
     """Pixels in [0, 1], N x 3 x H x W, to logits N x K: scaled cosines of image and class embeddings (Radford et al.,
-    ICML 2021, section 3.1). [`evaluate_robustness`] takes it, with data as for the tower.
+    ICML 2021). [`evaluate_robustness`] takes it, with data as for the tower.
 
     Predictions do not depend on the scale; losses of attacks do.
 
@@ -61,7 +61,7 @@ def class_embeddings(
 ) -> Tensor:
     """Embeddings of classes by their names, K x D, each of length 1.
 
-    Of each class, the normalised embeddings of all templates are averaged (Radford et al., ICML 2021, section 3.1.4).
+    Of each class, the normalised embeddings of all templates are averaged (Radford et al., ICML 2021).
 
     Args:
         model (`nn.Module`): A whole image-text model of transformers, such as `CLIPModel`.

@@ -39,7 +39,7 @@ class _EmbeddingObjective(Objective):
 
 @dataclass
 class Fare(_EmbeddingObjective):
-    """`max_{x~} ||phi(x~) - phi_orig(x)||^2` (Schlarmann, Singh, Croce, Hein, ICML 2024, eq. 3).
+    """`max_{x~} ||phi(x~) - phi_orig(x)||^2` (Schlarmann, Singh, Croce, Hein, ICML 2024).
 
     The embedding of the attacked image is drawn to the one that the *original* tower has for the clean image, which
     the attack moves away from. So the tower stays exchangeable for the original: text embeddings, and models that were
@@ -96,10 +96,10 @@ class SimClip(_EmbeddingObjective):
     """`1 + [D(z~, sg(z)) + D(z, sg(z~))] / 2`, `D` the negative cosine (Hossain & Imteaj, arXiv 2407.14971).
 
     `z` and `z~` are the embeddings of the clean and the attacked image by the *same* tower, `sg` stops the gradient.
-    Both directions are in the loss, as the paper defines it. Without a predictor between them they add up to half the
-    gradient of the plain cosine, so nothing but the small learning rate keeps the embeddings of all images from
-    becoming one, which a warning tells, or from leaving the space of the text embeddings. With FARE the original tower
-    prevents both. The released code differs from the paper, see [`Fare`].
+    Both directions are in the loss, as summaries of the paper give it. Without a predictor between them they add up to
+    half the gradient of the plain cosine, so nothing but the small learning rate keeps the embeddings of all images
+    from becoming one, which a warning tells, or from leaving the space of the text embeddings. With FARE the original
+    tower prevents both. The released code differs, see [`Fare`].
 
     Args:
         symmetric (`bool`): Both directions; else the adversarial embedding alone is moved, `1 + D(z~, sg(z))`.
