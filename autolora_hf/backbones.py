@@ -16,27 +16,22 @@ from typing import Any
 import timm
 import torch
 from torch import nn
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModelForImageClassification,
-    PreTrainedConfig,
-)
+from transformers import CONFIG_MAPPING
 
 from . import architectures  # noqa: F401  (timm knows them from here on)
 from .download import commit_of, download, is_repository_name
 from .files import check_finite
 from .inputs import (
-    check_classifier,
     library_of,
     native_size,
     num_classes_of,
     problem_at,
-    size_holder,
     written,
     wrong_size_message,
 )
 from .pixels import size_pair
+from .pretrained import from_config, load_pretrained, read_config, shapes_of
+from .towers import advice, tower_config, tower_of
 from .untrusted import check_size, safe_config, safe_weights
 
 
@@ -54,12 +49,13 @@ def load_backbone(
     pretrained: bool = True,
     image_size: int | tuple[int, int] | None = None,
     library: str | None = None,
+    tower: bool = False,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike | None = None,
     local_files_only: bool = False,
 ) -> nn.Module:
-    """Creates the image classifier that `name` stands for.
+    """Creates the image classifier, or the image tower, that `name` stands for.
 
     Args:
         name (`str`): `"quickstart"` (shipped with the package), a timm model (`"resnet50"`, `"resnet50.a1_in1k"`,
@@ -69,14 +65,18 @@ def load_backbone(
         image_size (`int` or `tuple[int, int]`, *optional*): Size of the images it shall take. A network that is built
             for one size is built for this one, and timm resamples its position embeddings. `None`: as saved.
         library (`str`, *optional*): `"transformers"` loads a timm checkpoint into transformers' wrapper.
+        tower (`bool`): Open a checkpoint of a whole image-text model, such as CLIP, as its image tower. Otherwise a
+            classifier is made of it. What was saved as an image tower is one anyway.
         revision (`str`, *optional*), token, cache_dir, local_files_only (*optional*): See [`download`].
 
     Raises:
         ValueError: If nothing by that name is known, the message suggests the nearest timm names; or if the network
-            cannot take images of that size.
+            cannot take images of that size; or if there is no image tower where one is asked for.
     """
     size = None if image_size is None else size_pair(image_size)
     if timm.is_model(name):
+        if tower:
+            raise ValueError(f"timm's {name!r} is no image tower. {advice()}")
         return _load_timm(name, num_classes, pretrained, size, cache_dir)
     where = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     folder = _folder_of(name, pretrained=pretrained, **where)
@@ -89,10 +89,14 @@ def load_backbone(
     saved = safe_config(folder, name)
     # What transformers' wrapper saved names its own class; timm may not be able to read it.
     of_timm = "architecture" in saved and saved.get("model_type") != "timm_wrapper" and library != "transformers"
-    load, source = (_load_timm, f"local-dir:{folder}") if of_timm else (_load_transformers, str(folder))
+    if of_timm and tower:
+        raise ValueError(f"{name} is no image tower but a model of timm. {advice()}")
+    load, source = (_load_timm, f"local-dir:{folder}")
+    if not of_timm:
+        load, source = partial(load_pretrained, tower=name if tower else None), str(folder)
     try:
         if pretrained:
-            check_size(safe_weights(folder, name, of_timm), partial(_native, folder, of_timm), name)
+            check_size(safe_weights(folder, name, of_timm), partial(_native, folder, of_timm, tower), name)
         model = load(source, num_classes, pretrained, size)
     except (ValueError, OSError):
         raise
@@ -194,83 +198,10 @@ def _timm_options(name: str, size: tuple[int, int]) -> list[dict[str, Any]]:
     return options
 
 
-def _load_transformers(
-    source: str, num_classes: int | None, pretrained: bool, size: tuple[int, int] | None, **options: Any
-) -> nn.Module:
-    changes = {} if num_classes is None else {"num_labels": num_classes}
-    config = _transformers_config(source, **changes, **options)
-    if size is not None:
-        config = _config_of_size(config, size, pretrained)
-    if not pretrained:
-        return AutoModelForImageClassification.from_config(_with_class(config))
-    # Only safetensors: a pickle from the Hub could run code.
-    return AutoModelForImageClassification.from_pretrained(
-        source,
-        config=config,
-        use_safetensors=True,
-        trust_remote_code=False,
-        ignore_mismatched_sizes=num_classes is not None,
-        **options,
-    )
-
-
-def _transformers_config(source: str, **options: Any) -> PreTrainedConfig:
-    # Said outright, since transformers asks the user otherwise.
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
-    if config.model_type == "timm_wrapper" and config.model_args:
-        # timm writes it here too, and the wrapper would pass it twice.
-        config.model_args.pop("num_classes", None)
-    return config
-
-
-def _with_class(config: PreTrainedConfig) -> PreTrainedConfig:
-    """`config`, of which the auto class can read which class it stands for (some have several)."""
-    config.architectures = config.architectures or []
-    return config
-
-
-def _config_of_size(config: PreTrainedConfig, size: tuple[int, int], pretrained: bool) -> PreTrainedConfig:
-    """`config` for a network that takes images of `size` and into which the weights of `config` fit."""
-    with torch.device("meta"):
-        model = AutoModelForImageClassification.from_config(_with_class(config))
-    check_classifier(model)
-    other = []
-    if size != native_size(model):
-        try:
-            resized_config = _resized(config, size)
-            with torch.device("meta"):
-                resized = AutoModelForImageClassification.from_config(resized_config)
-            if problem_at(resized, size) is None:
-                ours, theirs = _shapes(resized), _shapes(model)
-                other = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-                if not other or not pretrained:
-                    return resized_config
-        except Exception as error:  # such as sizes that the patches do not divide
-            logger.debug("%s cannot be configured for %s: %s", type(model).__name__, size, error)
-    problem = problem_at(model, size)
-    if problem is None:
-        return config
-    if other:
-        raise ValueError(
-            f"The weights of this {type(model).__name__} are for images of {written(native_size(model))} pixels, "
-            f"and transformers does not adapt {', '.join(other[:3])} to {written(size)}. Leave out `image_size`, or "
-            "take the same checkpoint from timm, which adapts it."
-        )
-    raise ValueError(wrong_size_message(model, size, problem))
-
-
-def _resized(config: PreTrainedConfig, size: tuple[int, int]) -> PreTrainedConfig:
-    config = copy.deepcopy(config)
-    holder = size_holder(config)
-    if config.model_type == "timm_wrapper":
-        config.model_args = {**(config.model_args or {}), "img_size": list(size)}
-    elif holder is not None:
-        holder.image_size = size[0] if size[0] == size[1] and isinstance(holder.image_size, int) else list(size)
-    return config
-
-
 def label_names_of(model: nn.Module) -> list[str] | None:
     """Class names that the checkpoint carries, in class order, or `None` if it has only placeholders."""
+    if tower_of(model) is not None:
+        return None
     if library_of(model) == "timm":
         names = model.pretrained_cfg.get("label_names")
         return list(names) if isinstance(names, (list, tuple)) and len(names) == model.num_classes else None
@@ -309,15 +240,16 @@ def describe_backbone(
         record["image_size"] = list(size_pair(image_size))
         with torch.device("meta"):
             options = {"revision": revision, "library": library, "token": token}
+            options["tower"] = tower_of(model) is not None
             original = load_backbone(name, num_classes_of(model), pretrained=False, **options)
-        shapes = _shapes(original)
-        record["resampled"] = sorted(key for key, shape in _shapes(model).items() if shapes.get(key) != shape)
+        shapes = shapes_of(original)
+        record["resampled"] = sorted(key for key, shape in shapes_of(model).items() if shapes.get(key) != shape)
     try:
         rebuilt = rebuild_backbone(record)
     except Exception:
         rebuilt = None
     # The printed structure covers what shapes do not: strides, paddings, epsilons, kinds of pooling.
-    if rebuilt is None or repr(rebuilt) != repr(model) or _shapes(rebuilt) != _shapes(model):
+    if rebuilt is None or repr(rebuilt) != repr(model) or shapes_of(rebuilt) != shapes_of(model):
         record["config"] = None
     return record
 
@@ -353,7 +285,7 @@ def _build(record: dict[str, Any]) -> nn.Module:
         config = CONFIG_MAPPING[saved["model_type"]].from_dict(saved)
         # Some configurations stand for several classes.
         config.architectures = [record["architecture"]]
-        return AutoModelForImageClassification.from_config(config)
+        return from_config(config)
     config = record["config"]
     if not timm.is_model(config["architecture"]):
         raise ValueError(f"{config['architecture']!r} is no model of timm")
@@ -362,11 +294,12 @@ def _build(record: dict[str, Any]) -> nn.Module:
         return timm.create_model(f"local-dir:{folder}", pretrained=False, num_classes=config["num_classes"])
 
 
-def _native(folder: Path, of_timm: bool) -> nn.Module:
+def _native(folder: Path, of_timm: bool, tower: bool) -> nn.Module:
     """The network of a checkpoint as it was saved, without its weights."""
     if of_timm:
         return timm.create_model(f"local-dir:{folder}")
-    return AutoModelForImageClassification.from_config(_with_class(_transformers_config(str(folder))))
+    config = read_config(str(folder))
+    return from_config(tower_config(config, str(folder)) if tower else config)
 
 
 def _timm_config(model: nn.Module) -> dict[str, Any] | None:
@@ -382,7 +315,3 @@ def _timm_config(model: nn.Module) -> dict[str, Any] | None:
     # timm writes the number of classes twice, and transformers' wrapper then fails to load the checkpoint.
     config.get("model_args", {}).pop("num_classes", None)
     return config
-
-
-def _shapes(model: nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in model.state_dict().items()}

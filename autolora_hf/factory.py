@@ -23,6 +23,7 @@ from .heads import check_heads, resolve_heads
 from .modeling import AutoLoraModel
 from .pixels import Preprocessing, size_pair
 from .routes import NATURAL, ROBUST
+from .towers import is_recorded_tower, tower_of
 
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ def get_autolora_model(
     image_size: int | tuple[int, int] | None = None,
     label_names: list[str] | None = None,
     threat_model: ThreatModel | None = None,
+    tower: bool = False,
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> AutoLoraModel:
@@ -46,8 +48,10 @@ def get_autolora_model(
     does.
 
     Args:
-        model (`nn.Module` or `str`): A timm model, a transformers image classifier, or a checkpoint name:
-            `"quickstart"`, `"resnet50"`, `"hf-hub:org/name"`, `"org/name"`, a local directory.
+        model (`nn.Module` or `str`): A timm model, an image classifier or image tower of transformers, or a checkpoint
+            name: `"quickstart"`, `"resnet50"`, `"hf-hub:org/name"`, `"org/name"`, a local directory. An image tower,
+            such as CLIP's, has embeddings N x D in the place of logits, and its projection in that of the
+            classification layer.
         config (`AutoLoraConfig`, *optional*): Defaults to the paper's setting.
         num_classes (`int`, *optional*): For a name: number of classes; a head of another size is created afresh.
         preprocessing (`Preprocessing`, *optional*): Overrides what the checkpoint says.
@@ -55,6 +59,8 @@ def get_autolora_model(
             network of one fixed size that is given by name is built for it, where its architecture allows that.
         label_names (`list[str]`, *optional*): Class names in class order, saved with the model.
         threat_model (`ThreatModel`, *optional*): Defaults to Linf with eps = 8/255; the trainer sets its own.
+        tower (`bool`): For the name of a whole image-text model: take its image tower. Otherwise a classifier is made
+            of it.
         revision (`str`, *optional*), token (*optional*): For a Hub name.
 
     Raises:
@@ -64,7 +70,8 @@ def get_autolora_model(
         raise TypeError(f"`config` must be an AutoLoraConfig, got {type(config).__name__}.")
     name = model if isinstance(model, str) else None
     if name is not None:
-        model = backbones.load_backbone(name, num_classes, image_size=image_size, revision=revision, token=token)
+        source = {"tower": tower, "revision": revision, "token": token}
+        model = backbones.load_backbone(name, num_classes, image_size=image_size, **source)
     elif num_classes is not None and num_classes != backbones.num_classes_of(model):
         raise ValueError(
             f"`num_classes={num_classes}`, but the model has {backbones.num_classes_of(model)} classes. Create the "
@@ -73,6 +80,8 @@ def get_autolora_model(
     if isinstance(model, nn.Module) and any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError("The model already carries adapters: merge or unload them first.")
     inputs.check_classifier(model)
+    if label_names is not None and tower_of(model) is not None:
+        raise ValueError(f"A {type(model).__name__} gives embeddings, so there are no classes to name.")
     if label_names is not None and len(label_names) != backbones.num_classes_of(model):
         raise ValueError(f"{len(label_names)} label names for a model of {backbones.num_classes_of(model)} classes.")
     preprocessing = preprocessing or inputs.resolve_preprocessing(model, name, revision=revision, token=token)
@@ -106,7 +115,7 @@ def get_autolora_model(
             "`model.requires_grad_(True)`, or use `AutoLoraConfig(mode='adapter')`, which trains an adapter on it."
         )
     hidden = targets.hidden_head_layers(model, config.heads, config.target_modules)
-    if config.mode == "adapter" and hidden:
+    if config.mode == "adapter" and hidden and tower_of(model) is None:
         logger.warning(
             "%s stays frozen in mode 'adapter', though it belongs to the classifier. If it was made afresh for your "
             "classes, train it too: `AutoLoraConfig(head=%r)`.",
@@ -211,6 +220,7 @@ def load_autolora_model(
             record.num_classes,
             image_size=size,
             library=library,
+            tower=is_recorded_tower(record.backbone),
             revision=commit,
             token=token,
             cache_dir=cache_dir,

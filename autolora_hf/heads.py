@@ -9,15 +9,17 @@ from torch import Tensor, nn
 
 from .attacks.pgd import logits_of
 from .checks import listed
+from .towers import tower_of
 
 
 def resolve_heads(model: nn.Module, example: Tensor) -> list[str]:
     """Names of the classification layers: the last layers with weights on every way to the logits.
 
     One for most models; two for distilled ones (the mean of two heads), models with an auxiliary head, or CrossViT.
+    Of an image tower it is the projection; without one, the last layers before the embedding.
 
     Args:
-        model (`nn.Module`): A timm or transformers image classifier, in eval mode.
+        model (`nn.Module`): A timm or transformers image classifier or an image tower, in eval mode.
         example (`Tensor`): One normalised image, 1 x 3 x H x W.
 
     Raises:
@@ -54,7 +56,7 @@ def resolve_heads(model: nn.Module, example: Tensor) -> list[str]:
         else:
             waiting += [below for below, _ in node.next_functions]
     classes = logits.shape[-1]
-    wrong = [name for name in heads if _outputs_of(modules[name]) != classes]
+    wrong = [] if tower_of(model) else [name for name in heads if _outputs_of(modules[name]) != classes]
     if not heads or wrong:
         candidates = [name for name, module in modules.items() if _outputs_of(module) == classes]
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What a model takes: which library it is of, whether it classifies RGB images, of what size, prepared how."""
+"""What a model takes: which library it is of, whether it takes RGB images, of what size, prepared how."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoImageProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
-from .attacks.pgd import attack_mode, logits_of
+from .attacks.pgd import attack_mode, is_embedding, logits_of
 from .pixels import Preprocessing, size_pair
+from .towers import TOWERS, tower_of
 
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,8 @@ def library_of(model: nn.Module) -> str:
     if hasattr(model, "pretrained_cfg") and hasattr(model, "get_classifier"):
         return "timm"
     raise TypeError(
-        f"Expected a timm model, a transformers image classifier or a checkpoint name, got {type(model).__name__}."
+        "Expected a timm model, an image classifier or image tower of transformers or a checkpoint name, got "
+        f"{type(model).__name__}."
     )
 
 
@@ -47,12 +49,15 @@ def timm_part(model: nn.Module) -> nn.Module | None:
 
 
 def num_classes_of(model: nn.Module) -> int:
-    """K, the number of logits."""
+    """K, the number of logits; of an image tower D, the size of its embeddings."""
+    tower = tower_of(model)
+    if tower is not None:
+        return getattr(model.config, tower.width)
     return model.num_classes if library_of(model) == "timm" else model.config.num_labels
 
 
 def check_classifier(model: nn.Module) -> None:
-    """Raises unless `model` classifies RGB images; the message says what stands in the way.
+    """Raises unless `model` classifies RGB images, or is an image tower; the message says what stands in the way.
 
     Raises:
         TypeError: If it is a model of neither library.
@@ -61,6 +66,12 @@ def check_classifier(model: nn.Module) -> None:
     kind = type(model).__name__
     if library_of(model) == "transformers" and model.config.model_type in _OTHER_INPUTS:
         raise ValueError(f"{kind} is not supported: {_OTHER_INPUTS[model.config.model_type]}")
+    if hasattr(model, "text_model") and hasattr(model, "vision_model"):
+        half = next((t.name for t in TOWERS.values() if t.whole == model.config.model_type and t.aligned), None)
+        raise ValueError(
+            f"{kind} takes images together with texts."
+            + (f" Pass its image half alone: `{half}.from_pretrained(...)` of the same checkpoint." if half else "")
+        )
     if not num_classes_of(model):
         raise ValueError(
             f"This {kind} has no classifier (0 classes). Say how many classes it shall tell apart: "
@@ -112,7 +123,8 @@ def problem_at(model: nn.Module, size: tuple[int, int]) -> Exception | None:
     except Exception as error:
         return error
     try:
-        logits = logits_of(output)
+        # An encoder without a classifier has embeddings too, of which nothing is known.
+        logits = output.logits if is_embedding(output) and tower_of(model) is None else logits_of(output)
     except AttributeError:
         if isinstance(output, tuple):
             return TypeError(
@@ -121,6 +133,8 @@ def problem_at(model: nn.Module, size: tuple[int, int]) -> Exception | None:
             )
         return TypeError(f"it returns {type(output).__name__}, which has no logits: it is not an image classifier")
     classes = num_classes_of(model)
+    if logits is None:
+        return TypeError("it gives no embedding of the whole image: create it with its pooling head")
     if classes and tuple(logits.shape) != (1, classes):
         counter = "model.num_classes" if library_of(model) == "timm" else "model.config.num_labels"
         return ValueError(
@@ -189,7 +203,9 @@ def resolve_preprocessing(
         else:
             found = _read_processor(processor, configured)
             return replace(found, image_size=_size_that_runs(model, found.image_size, configured))
-    processors = IMAGE_PROCESSOR_MAPPING.get(type(model.config), None)
+    tower = tower_of(model)
+    config_class = type(model.config) if tower is None else CONFIG_MAPPING[tower.whole]
+    processors = IMAGE_PROCESSOR_MAPPING.get(config_class, None)
     found = _read_processor(next(iter(processors.values()))() if processors else None, configured)
     found = replace(found, image_size=_size_that_runs(model, configured, found.image_size))
     logger.warning(

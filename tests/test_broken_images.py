@@ -24,7 +24,7 @@ from autolora_hf.data import (
     without_absent,
     without_broken,
 )
-from autolora_hf.data.sources import ClassFolder
+from autolora_hf.data.folders import ClassFolder
 from autolora_hf.pixels import Preprocessing
 
 

@@ -30,7 +30,7 @@ from autolora_hf.data import (
     stratified_subset,
     to_rgb,
 )
-from autolora_hf.data.sources import image_extensions
+from autolora_hf.data.folders import image_extensions
 from autolora_hf.pixels import Preprocessing
 
 

@@ -75,7 +75,7 @@ def test_the_training_starts_from_the_probe(tmp_path):
     assert same(starts[0], copied_state(alone.model)) and not same(starts[0], untrained)
 
 
-@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "natural"])
+@pytest.mark.parametrize("objective", [n for n, kind in OBJECTIVES.items() if n != "natural" and kind.classifies])
 def test_a_probe_goes_before_every_objective(tmp_path, objective):
     options = {"init": "adversarial-linear-probe", "init_kwargs": {"epochs": 1}, "num_train_epochs": 1}
     trainer = trainer_for(tmp_path, objective=objective, **options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -239,13 +239,23 @@ def hits(logits: Any, labels: Any) -> Any:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits tensor of a model output: a tensor, or anything with `.logits`."""
+    """The logits, N x K, of a model output: a tensor, or anything with `.logits`. Of an image tower its embeddings."""
     if isinstance(output, Tensor):
         return output
+    if is_embedding(output):
+        return output["image_embeds"] if "image_embeds" in output else output["pooler_output"]
     hidden = getattr(output, "last_hidden_state", None)
     if not hasattr(output, "logits") and hidden is not None and hidden.ndim == 2:
         return hidden  # PP-LCNet of transformers calls its logits so
     return output.logits
+
+
+def is_embedding(output: Any) -> bool:
+    """Whether a model output has no logits, but an embedding of the whole image."""
+    named = isinstance(output, Mapping) and not hasattr(output, "logits")
+    hidden = output.get("last_hidden_state") if named else None
+    is_classifier = hidden is not None and hidden.ndim == 2
+    return named and not is_classifier and ("image_embeds" in output or "pooler_output" in output)
 
 
 def random_perturbation(pixels: Tensor, threat_model: ThreatModel, generator: torch.Generator) -> Tensor:

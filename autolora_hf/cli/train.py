@@ -13,7 +13,7 @@ from ..config import AutoLoraConfig, PixelRadius, radius_argument
 from ..data import as_pixel_dataset, as_pixel_stream, is_stream
 from ..factory import get_autolora_model
 from ..layers import BRANCHES
-from ..objectives import config_for
+from ..objectives import OBJECTIVES, config_for
 from ..options import json_object
 from ..pixels import Preprocessing
 from ..training import AutoLoraTrainer, AutoLoraTrainingArguments
@@ -79,8 +79,8 @@ class ModelArguments:
 class DataArguments:
     train_data: str = field(
         metadata={
-            "help": "Folder of images by class, folder saved by `datasets`, Hub data set name, tar shards (a file or "
-            "a pattern such as 'train-*.tar', which are streamed), or 'digits'."
+            "help": "Folder of images by class (of images for fare and sim-clip), folder saved by `datasets`, Hub "
+            "data set name, tar shards (a file or a pattern such as 'train-*.tar', which are streamed), or 'digits'."
         }
     )
     train_split: str | None = field(default=None, metadata={"help": "Split of --train-data, e.g. 'train'."})
@@ -152,19 +152,20 @@ def run(argv: list[str]) -> None:
     test = open_data(data.test_data, data.test_split) if data.test_data else None
     columns = {"image_column": args.image_column, "label_column": args.label_column}
     # Opened once: the number of classes does not depend on the preprocessing, which is only known with the model.
+    labelled = OBJECTIVES[args.objective].classifies
     if is_stream(train):
-        train = as_pixel_stream(train, Preprocessing(), name="train_dataset", **columns)
-        num_classes = train.num_classes
+        train = opened = as_pixel_stream(train, Preprocessing(), name="train_dataset", labelled=labelled, **columns)
     else:
-        opened = as_pixel_dataset(train, Preprocessing(), name="training data", **columns)
-        train, num_classes = opened.source, opened.num_classes
+        opened = as_pixel_dataset(train, Preprocessing(), name="training data", labelled=labelled, **columns)
+        train = opened.source
 
     # Head and branches are drawn at random.
     set_seed(args.seed)
     model = get_autolora_model(
         model_args.model,
         _config(model_args, args.objective),
-        num_classes=num_classes,
+        num_classes=opened.num_classes if labelled else None,
+        tower=not labelled,
         image_size=_image_size(model_args.image_size),
     )
     trainer = AutoLoraTrainer(model, args, train_dataset=train, eval_dataset=validation)

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from .dataset import PixelDataset
+from .folders import shorten
 from .images import BrokenImageError
-from .sources import shorten
 from .stored import ABSENT
 
 

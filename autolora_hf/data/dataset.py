@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from ..pixels import Preprocessing, check_pixels
+from .folders import ClassFolder
 from .identity import Identity
 from .images import Augmentation, BrokenImageError, PixelTransform, seeded
-from .sources import ArrowSource, ClassFolder, MapSource, as_label
+from .sources import ArrowSource, MapSource, as_label
 from .splits import stratified_subset
 from .stored import StoredImages, StoredRows, stored_images
 
@@ -202,6 +203,7 @@ def as_pixel_dataset(
     name: str = "dataset",
     seed: int = 0,
     broken_images: BrokenImages = "raise",
+    labelled: bool = True,
 ) -> PixelDataset:
     """Makes a [`PixelDataset`] of any source of labelled images.
 
@@ -216,6 +218,8 @@ def as_pixel_dataset(
         name (`str`): What to call the data in messages, for instance "train".
         seed (`int`): Of the augmentation.
         broken_images (`str`): `"raise"` or `"skip"`; see [`PixelDataset`].
+        labelled (`bool`): Whether labels are read. If not, there may be none (a folder of images without sub-folders,
+            a data set of images alone), those that there are play no part, and every label is 0.
 
     Raises:
         TypeError: For streams, sources of another kind, and items that are no pairs or dictionaries.
@@ -249,7 +253,7 @@ def as_pixel_dataset(
             "`IterableDataset`: `list(itertools.islice(stream, n))`."
         )
     if isinstance(source, (str, Path)):
-        source = ClassFolder(source)
+        source = ClassFolder(source, labelled)
     if not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
         raise TypeError(
             "`source` must be a `datasets.Dataset`, a folder of images by class or a torch data set with `__len__` "
@@ -259,7 +263,7 @@ def as_pixel_dataset(
         raise ValueError(f"{name} is empty.")
     # Rows of a data set with `set_transform` are whatever the transform returns.
     is_plain = isinstance(source, datasets.Dataset) and source.format["type"] != "custom"
-    reader = (ArrowSource if is_plain else MapSource)(source, image_column, label_column)
+    reader = (ArrowSource if is_plain else MapSource)(source, image_column, label_column, labelled)
     return PixelDataset(reader, preprocessing, augmentation, name, seed=seed, broken_images=broken_images)
 
 

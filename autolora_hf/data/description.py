@@ -12,7 +12,7 @@ import datasets
 from torch.utils.data import Subset
 
 from .dataset import PixelDataset
-from .sources import ClassFolder
+from .folders import ClassFolder
 from .stream import PixelStream
 from .stream_sources import stages
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import datasets
 
-from .sources import shorten
+from .folders import shorten
 
 
 def load_source(

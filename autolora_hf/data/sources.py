@@ -8,36 +8,25 @@ import struct
 import zlib
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from PIL import features as pil_features
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
-from torchvision.datasets import ImageFolder
 
+from .folders import ClassFolder
 from .identity import Identity, arrow_identity, map_identity
 from .images import BrokenImageError, as_broken, check_readable, decode_file, decode_image
 from .splits import is_integer
+from .stored import item_image
 
 
 logger = logging.getLogger(__name__)
 
 IMAGE_NAMES = ("image", "img", "pixel_values")
 LABEL_NAMES = ("label", "labels")
-_SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
-
-# Extensions of pictures in folders, as far as the decoder is there: AVIF depends on how Pillow was built, and the last
-# two on pillow-heif. Multi-page documents, icons, drawings and video are none.
-_PICTURES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
-    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".tga", ".avif", ".heic", ".heif"),
-)
-# Files that usually lie beside images and are not taken for any.
-_SIDE_FILES = {".txt", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".md", ".html", ".db", ".ini"}
 
 # What the decoders of images raise for damaged files; a data set's own errors are none of these.
 _DECODING_ERRORS = (OSError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -52,16 +41,25 @@ class ArrowSource:
             pixel_values.
         label_column (`str`, *optional*): `None`: the one column of feature `ClassLabel`, else one named label or
             labels.
+        labelled (`bool`): Whether labels are read; if not, there may be none, and every label is 0.
 
     Raises:
         ValueError: If a column is missing or ambiguous.
     """
 
-    def __init__(self, dataset: datasets.Dataset, image_column: str | None, label_column: str | None) -> None:
+    def __init__(
+        self, dataset: datasets.Dataset, image_column: str | None, label_column: str | None, labelled: bool = True
+    ) -> None:
         self.dataset = dataset
-        self.image_column, self.label_column = typed_columns(dataset.features, image_column, label_column)
-        self.class_names = class_names_of(dataset, self.label_column)
-        self._rows = dataset.select_columns([self.image_column, self.label_column]).with_format("arrow")
+        self.labelled = labelled
+        self.label_column = label_column
+        if labelled:
+            self.image_column, self.label_column = typed_columns(dataset.features, image_column, label_column)
+        else:
+            self.image_column = typed_image_column(dataset.features, image_column)
+        columns = [self.image_column, self.label_column] if labelled else [self.image_column]
+        self.class_names = class_names_of(dataset, self.label_column) if labelled else None
+        self._rows = dataset.select_columns(columns).with_format("arrow")
         feature = dataset.features[self.image_column]
         self._feature = feature if isinstance(feature, datasets.Image) else None
         if self._feature is None:
@@ -80,12 +78,15 @@ class ArrowSource:
         """
         row = self._rows[index]
         if self._feature is None:
-            return row[self.image_column], row[self.label_column]
-        image, label = (row.column(name)[0].as_py() for name in (self.image_column, self.label_column))
+            return row[self.image_column], row[self.label_column] if self.labelled else 0
+        image = row.column(self.image_column)[0].as_py()
+        label = row.column(self.label_column)[0].as_py() if self.labelled else 0
         return decode_stored(image, self._feature), label
 
     @cached_property
     def labels(self) -> list[int]:
+        if not self.labelled:
+            return [0] * len(self)
         values = _column(self.dataset, self.label_column)
         return [as_label(value, f"{self.label_column}[{i}]") for i, value in enumerate(values)]
 
@@ -101,18 +102,28 @@ class MapSource:
         dataset: Anything with `__len__` and `__getitem__`; at least one item.
         image_column (`str`, *optional*): Key of the image in dictionary items. `None`: image, img or pixel_values.
         label_column (`str`, *optional*): Key of the label in dictionary items. `None`: label or labels.
+        labelled (`bool`): Whether labels are read; if not, items may also be images alone, and every label is 0.
 
     Raises:
         ValueError: If a key is missing or ambiguous.
         TypeError: If items are neither pairs nor dictionaries.
     """
 
-    def __init__(self, dataset: Any, image_column: str | None, label_column: str | None) -> None:
+    def __init__(
+        self, dataset: Any, image_column: str | None, label_column: str | None, labelled: bool = True
+    ) -> None:
         self.dataset = dataset
+        self.labelled = labelled
         item = (None, 0) if isinstance(dataset, ClassFolder) else _first_readable(dataset)
         self._by_key = isinstance(item, Mapping)
-        self.image_column, self.label_column = item_columns(item, image_column, label_column, "data set")
-        self.class_names = class_names_of(dataset, self.label_column)
+        self.label_column = label_column
+        if labelled:
+            self.image_column, self.label_column = item_columns(item, image_column, label_column, "data set")
+        elif self._by_key:
+            self.image_column = typed_image_column(dict.fromkeys(item), image_column)
+        else:
+            self.image_column = "image"
+        self.class_names = class_names_of(dataset, self.label_column) if labelled else None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -127,12 +138,17 @@ class MapSource:
             item = self.dataset[index]
         except (BrokenImageError, *_DECODING_ERRORS) as error:
             raise as_broken(error) from error
-        image, label = (item[self.image_column], item[self.label_column]) if self._by_key else tuple(item)
+        if not self.labelled:
+            image, label = item_image(item, self.image_column), 0
+        else:
+            image, label = (item[self.image_column], item[self.label_column]) if self._by_key else tuple(item)
         check_readable(image)
         return image, label
 
     @cached_property
     def labels(self) -> list[int]:
+        if not self.labelled:
+            return [0] * len(self)
         stored = _stored_labels(self.dataset, self.label_column)
         # A wrapper may change the labels on their way; then only the items are right.
         if stored is not None and all(self._label(i, stored[i]) == stored[i] for i in (0, len(stored) - 1)):
@@ -156,71 +172,6 @@ class MapSource:
     @cached_property
     def identity(self) -> Identity:
         return map_identity(self.dataset)
-
-
-class ClassFolder(ImageFolder):
-    """A folder with one sub-folder of images a class; class indices follow the sorted names.
-
-    Hidden files and folders are ignored, and files that describe images (.txt, .json, .csv and the like). Other files
-    whose extension is not one of [`image_extensions`] are passed over with a warning. Items are
-    `(PIL image, class index)`; of an animation, the first frame.
-
-    Raises:
-        FileNotFoundError: If the folder, its sub-folders or their images are missing.
-        ValueError: If the sub-folders are splits (train, test) and not classes.
-    """
-
-    def __init__(self, root: str | Path) -> None:
-        root = Path(root).expanduser()
-        if not root.is_dir():
-            raise FileNotFoundError(
-                f"There is no folder {str(root)!r}. A data set of the Hub is loaded with `datasets.load_dataset(...)`."
-            )
-        extensions, passed_over = image_extensions(), []
-
-        def is_image(name: str) -> bool:
-            path = Path(name).relative_to(root)
-            if any(part.startswith(".") for part in path.parts):
-                return False
-            if path.suffix.lower() not in (*extensions, *_SIDE_FILES):
-                passed_over.append(str(path))
-            return path.suffix.lower() in extensions
-
-        super().__init__(root, is_valid_file=is_image, allow_empty=True)
-        read = f"Extensions read: {', '.join(extensions)}."
-        filled = set(self.targets)
-        empty = [name for name, index in self.class_to_idx.items() if index not in filled]
-        if not filled:
-            raise FileNotFoundError(
-                f"The sub-folders of {str(root)!r} ({shorten(self.classes)}) contain no images. {read}"
-                + (f" Other files: {shorten(passed_over, 5)}." if passed_over else "")
-            )
-        if passed_over:
-            logger.warning(
-                "%d files of %s have other extensions than images and are not read: %s. %s Rename or convert them if "
-                "they are images; .heic and .heif need pillow-heif and its `register_heif_opener()`.",
-                len(passed_over),
-                root,
-                shorten(passed_over, 5),
-                read,
-            )
-        if empty:
-            logger.warning("No images for %s of %s: %s.", "class" if len(empty) == 1 else "classes", root, empty)
-
-    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
-        classes = sorted(x.name for x in Path(directory).iterdir() if x.is_dir() and not x.name.startswith("."))
-        if not classes:
-            raise FileNotFoundError(f"The folder {str(directory)!r} has no sub-folders: it needs one for each class.")
-        if {name.lower() for name in classes} <= _SPLIT_NAMES:
-            raise ValueError(
-                f"The sub-folders of {str(directory)!r} are splits and not classes: {', '.join(classes)}. "
-                f"Choose one, for instance {str(Path(directory) / classes[-1])!r}."
-            )
-        return classes, {name: index for index, name in enumerate(classes)}
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        path, label = self.samples[index]
-        return decode_file(path), label
 
 
 def as_label(value: Any, name: str) -> int:
@@ -327,6 +278,12 @@ def typed_columns(
     )
 
 
+def typed_image_column(features: Mapping[str, Any], image_column: str | None) -> str:
+    """The image column of data with named columns that need no labels."""
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    return _find_column("image_column", image_column, images, IMAGE_NAMES, list(features), ", ".join(features))
+
+
 def item_columns(
     item: Any,
     image_column: str | None,
@@ -370,17 +327,6 @@ def _find_column(
     raise ValueError(f"The data set has {problem}. Its columns: {listing}. Pass `{argument}=` to name the right one.")
 
 
-def image_extensions() -> tuple[str, ...]:
-    """Extensions of the files that a folder of images is read from: those that PIL has a decoder for now."""
-    formats = Image.registered_extensions()
-    known = (extension for extension in _PICTURES if formats.get(extension) in Image.OPEN)
-    # Pillow registers these two whether it was built with their decoders or not.
-    optional = {".avif": "avif", ".webp": "webp"}
-    return tuple(
-        extension for extension in known if extension not in optional or pil_features.check(optional[extension])
-    )
-
-
 def value_type(feature: Any) -> str | None:
     """Type of the numbers in a column of nested lists."""
     while isinstance(feature, datasets.List):
@@ -391,8 +337,3 @@ def value_type(feature: Any) -> str | None:
 def _feature_name(feature: Any) -> str:
     """What messages call the type of a column."""
     return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
-
-
-def shorten(names: list[str], limit: int = 10) -> str:
-    """The first of some names, for a message."""
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

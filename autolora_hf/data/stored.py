@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -219,11 +219,11 @@ def stored_images(dataset: Any, image_column: str, read: Any) -> StoredImages:
         rows = np.asarray(dataset.indices, dtype=np.int64)
         parent = dataset.dataset
         return StoredRows(
-            [stored_images(parent, image_column, lambda row: _item_image(parent, row, image_column))], [rows]
+            [stored_images(parent, image_column, lambda row: item_image(parent[row], image_column))], [rows]
         )
     if isinstance(dataset, ConcatDataset):
         parts = [
-            stored_images(part, image_column, lambda row, part=part: _item_image(part, row, image_column))
+            stored_images(part, image_column, lambda row, part=part: item_image(part[row], image_column))
             for part in dataset.datasets
         ]
         return StoredRows(parts, [np.arange(len(part)) for part in dataset.datasets])
@@ -282,9 +282,11 @@ def digest(content: Any, *numbers: int) -> int:
     return int.from_bytes(found.digest(), "little")
 
 
-def _item_image(dataset: Any, row: int, image_column: str) -> Any:
-    item = dataset[row]
-    return item[image_column] if isinstance(item, dict) else item[0]
+def item_image(item: Any, image_column: str) -> Any:
+    """The image of an item of a data set: a dictionary, a tuple whose first entry it is, or the image itself."""
+    if isinstance(item, Mapping):
+        return item[image_column]
+    return item[0] if isinstance(item, (tuple, list)) else item
 
 
 def _file_size(path: str) -> int:

@@ -343,6 +343,7 @@ def as_pixel_stream(
     buffer_size: int = BUFFER_SIZE,
     num_workers: int = 0,
     broken_images: BrokenImages = "raise",
+    labelled: bool = True,
 ) -> PixelStream:
     """Makes a [`PixelStream`] of a stream of labelled images. Reads it once, without decoding images.
 
@@ -354,10 +355,9 @@ def as_pixel_stream(
         seed (`int`): Of the order, and of the choice of what is held out.
         shuffle (`bool`): Whether passes are shuffled, by shards and with a buffer; equal seeds and epochs give equal
             orders. A stream that was shuffled already is not shuffled again; it changes its order with the epoch.
-        buffer_size (`int`): Samples in the shuffle buffer. Their encoded images are in memory,
-            in every worker process.
+        buffer_size (`int`): Samples in the shuffle buffer, whose encoded images every worker process has in memory.
         num_workers (`int`): Processes that read and decode; see [`PixelStream`].
-        broken_images (`str`): `"raise"` or `"skip"`; see [`PixelStream`].
+        broken_images (`str`), labelled (`bool`): See [`PixelStream`] and [`as_pixel_dataset`].
 
     Raises:
         TypeError: For sources of another kind, items that are no pairs or dictionaries, labels that are no integers.
@@ -374,7 +374,7 @@ def as_pixel_stream(
         )
     kind = ArrowStream if isinstance(source, datasets.IterableDataset) else TorchStream
     try:
-        reader = kind(source, image_column, label_column)
+        reader = kind(source, image_column, label_column, labelled)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     scan = scan_stream(reader, name)

@@ -18,8 +18,17 @@ from datasets.iterable_dataset import BufferShuffledExamplesIterable, RepeatExam
 from torch.utils.data import IterableDataset
 
 from .images import check_readable
-from .sources import LABEL_NAMES, as_label, class_names_of, decode_stored, item_columns, typed_columns, value_type
-from .stored import digest, pixel_digest
+from .sources import (
+    LABEL_NAMES,
+    as_label,
+    class_names_of,
+    decode_stored,
+    item_columns,
+    typed_columns,
+    typed_image_column,
+    value_type,
+)
+from .stored import digest, item_image, pixel_digest
 
 
 logger = logging.getLogger(__name__)
@@ -72,8 +81,16 @@ class ArrowStream:
         ValueError: If a column is missing or ambiguous, the stream is empty, has no end, or was split by node.
     """
 
-    def __init__(self, dataset: datasets.IterableDataset, image_column: str | None, label_column: str | None) -> None:
+    def __init__(
+        self,
+        dataset: datasets.IterableDataset,
+        image_column: str | None,
+        label_column: str | None,
+        labelled: bool = True,
+    ) -> None:
         self.dataset = dataset
+        self.label_column = label_column
+        self._labelled = labelled
         if dataset._distributed is not None:
             raise ValueError(
                 "The stream was split with `split_dataset_by_node`, so each process would see another part of it. "
@@ -88,13 +105,17 @@ class ArrowStream:
         self.is_shuffled = any(isinstance(part, BufferShuffledExamplesIterable) for part in parts)
         features = dataset.features
         known = features if features is not None else dict.fromkeys(_first_item(dataset))
-        self.image_column, self.label_column = typed_columns(known, image_column, label_column, STREAM_LABEL_NAMES)
-        self.class_names = getattr(known[self.label_column], "names", None)
+        if labelled:
+            self.image_column, self.label_column = typed_columns(known, image_column, label_column, STREAM_LABEL_NAMES)
+        else:
+            self.image_column = typed_image_column(known, image_column)
+        self.class_names = getattr(known[self.label_column], "names", None) if labelled else None
         feature = known[self.image_column]
         is_image = isinstance(feature, datasets.Image)
         self._feature = feature if is_image else datasets.Image()
         self._value_type = None if is_image else value_type(feature)
-        columns = [name for name in (self.image_column, self.label_column, "__key__", "__url__") if name in known]
+        needed = (self.image_column, *([self.label_column] if labelled else []), "__key__", "__url__")
+        columns = [name for name in needed if name in known]
         # Whatever may be shuffled in a buffer stays encoded.
         plain = dataset if features is None else dataset.decode(False)
         self._rows = plain.with_format(None).select_columns(columns)
@@ -118,7 +139,8 @@ class ArrowStream:
                 image = row[self.image_column]
                 if isinstance(image, list):
                     image = np.asarray(image, dtype=self._value_type)
-                yield Row(image, row[self.label_column], row.get("__key__", str(position)), row.get("__url__"))
+                label = row[self.label_column] if self._labelled else 0
+                yield Row(image, label, row.get("__key__", str(position)), row.get("__url__"))
         except _DAMAGED as error:
             raise _damaged(", ".join(_damaged_shards(self.dataset)) or "a shard", error) from error
 
@@ -144,15 +166,22 @@ class TorchStream:
         TypeError: If items are neither pairs nor dictionaries.
     """
 
-    def __init__(self, dataset: IterableDataset, image_column: str | None, label_column: str | None) -> None:
+    def __init__(
+        self, dataset: IterableDataset, image_column: str | None, label_column: str | None, labelled: bool = True
+    ) -> None:
         self.dataset = dataset
+        self.label_column = label_column
+        self._labelled = labelled
         self.is_shuffled = hasattr(dataset, "set_epoch")
         item = _first_item(dataset)
         self._by_key = isinstance(item, Mapping)
-        self.image_column, self.label_column = item_columns(
-            item, image_column, label_column, "stream", STREAM_LABEL_NAMES
-        )
-        self.class_names = class_names_of(dataset, self.label_column)
+        if labelled:
+            self.image_column, self.label_column = item_columns(
+                item, image_column, label_column, "stream", STREAM_LABEL_NAMES
+            )
+        else:
+            self.image_column = typed_image_column(dict.fromkeys(item), image_column) if self._by_key else "image"
+        self.class_names = class_names_of(dataset, self.label_column) if labelled else None
 
     def rows(self, epoch: int = 0, seed: int | None = None, buffer_size: int = 1) -> Iterator[Row]:
         """See [`ArrowStream.rows`]."""
@@ -169,7 +198,10 @@ class TorchStream:
         return image
 
     def _row(self, position: int, item: Any) -> Row:
-        image, label = (item[self.image_column], item[self.label_column]) if self._by_key else item
+        if not self._labelled:
+            image, label = item_image(item, self.image_column), 0
+        else:
+            image, label = (item[self.image_column], item[self.label_column]) if self._by_key else item
         key = item.get("__key__", position) if self._by_key else position
         return Row(image, label, str(key))
 

@@ -2,6 +2,7 @@ from .figures import adversarial_examples_figure, training_curves_figure
 from .report import Accuracy, AttackResult, RobustnessReport
 from .robustness import evaluate_robustness
 from .view import AttackView
+from .zero_shot import ZeroShotClassifier, class_embeddings
 
 
 __all__ = [
@@ -9,7 +10,9 @@ __all__ = [
     "AttackResult",
     "AttackView",
     "RobustnessReport",
+    "ZeroShotClassifier",
     "adversarial_examples_figure",
+    "class_embeddings",
     "evaluate_robustness",
     "training_curves_figure",
 ]

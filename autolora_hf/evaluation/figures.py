@@ -31,6 +31,11 @@ _ACCURACIES = (
     ("eval_natural_route_accuracy", "natural accuracy, natural route", _BLUE, "o--"),
     ("train_natural_route_accuracy", "natural accuracy, natural route, training images", _GREY, "^:"),
 )
+# Of objectives that do not classify.
+_LOSSES = (
+    ("eval_clean_loss", "without attack", _BLUE, "o-"),
+    ("eval_loss", "under attack (PGD)", _RED, "s-"),
+)
 _SCALARS = (("lambda1", "λ₁", _BLUE, "o-"), ("lambda2", "λ₂", _ORANGE, "s-"), ("loss", "training loss", _GREY, "-"))
 
 
@@ -108,7 +113,8 @@ def adversarial_examples_figure(
 def training_curves_figure(
     log_history: Sequence[dict[str, Any]], path: str | os.PathLike[str] | None = None
 ) -> Figure:
-    """Draws a training run: accuracies, loss and its scalars, learning rate with the reloads of the best weights.
+    """Draws a training run: accuracies, or the validation loss where there are none; loss and its scalars; learning
+    rate with the reloads of the best weights.
 
     Args:
         log_history (`Sequence[dict]`): `trainer.state.log_history`. Quantities that were not logged are left out.
@@ -121,8 +127,12 @@ def training_curves_figure(
     figure.get_layout_engine().set(hspace=0.04)
 
     _plot(accuracies, log_history, _ACCURACIES)
-    accuracies.set_ylabel("accuracy")
-    accuracies.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    if accuracies.lines or not _series(log_history, "eval_clean_loss"):
+        accuracies.set_ylabel("accuracy")
+        accuracies.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    else:
+        _plot(accuracies, log_history, _LOSSES)
+        accuracies.set_ylabel("validation loss")
     accuracies.set_ylim(bottom=0)
     _plot(scalars, log_history, _SCALARS)
     scalars.set_ylabel("loss and its scalars")

@@ -29,6 +29,7 @@ from .samples import Samples
 from .sharding import all_processes
 from .stages import Attack, Stages
 from .view import AttackView
+from .zero_shot import refuse_tower
 
 
 FIRST_PASS = "pgd-bf16"
@@ -87,9 +88,9 @@ def evaluate_robustness(
 
     Raises:
         ValueError: If the data set is empty, labels or pixels are out of range, the threat model is missing, an attack
-            is unknown or leaves the ball, the model does not return N x K logits, `checkpoint_dir` holds another
-            evaluation, or the processes were given different models or arguments. All but what an attack returns is
-            checked before the first attack starts.
+            is unknown or leaves the ball, the model does not return N x K logits (an image tower does not; see
+            [`ZeroShotClassifier`]), `checkpoint_dir` holds another evaluation, or the processes were given different
+            models or arguments. All but what an attack returns is checked before the first attack starts.
         ImportError: If AutoAttack is asked for and `pyautoattack` is not installed.
         RuntimeError: If another process was killed, or never called this function.
     """
@@ -97,6 +98,7 @@ def evaluate_robustness(
     processes = all_processes()
     with ExitStack() as stack:
         with processes.together():
+            refuse_tower(model)
             threat_model = _resolve_threat_model(model, threat_model)
             requested = list(attack) if isinstance(attack, (list, tuple)) else [attack]
             _check_attacks(requested, threat_model, model)

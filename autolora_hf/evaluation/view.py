@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..attacks.pgd import logits_of
+from ..attacks.pgd import is_embedding, logits_of
 
 
 class AttackView(nn.Module):
@@ -38,7 +38,9 @@ class AttackView(nn.Module):
         return next(itertools.chain(self.parameters(), self.buffers()), torch.empty(0)).device
 
     def forward(self, pixels: Tensor) -> Tensor:
-        logits = logits_of(self.model(pixels.to(self.dtype))).float()
+        output = self.model(pixels.to(self.dtype))
+        # An embedding is none: that of an encoder has no `logits`, which is what the error says then.
+        logits = (output.logits if is_embedding(output) else logits_of(output)).float()
         if pixels.requires_grad and torch.is_grad_enabled() and not logits.requires_grad:
             # Attacks differentiate without asking. A model that is not differentiable has zero gradient here, and the
             # report says so.

@@ -24,6 +24,7 @@ from ..modeling import AutoLoraModel
 from ..objectives import OBJECTIVES
 from ..routes import ROBUST
 from ..saving import current_results
+from ..towers import tower_of
 
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
@@ -81,6 +82,8 @@ def write_model_card(
         own_architecture=model.backbone["architecture"] in architectures.NAMES,
         backbone=model.backbone,
         base_code=_base_code(model),
+        is_tower=tower_of(model) is not None,
+        transformers_class=_transformers_class(model),
         preprocessing=model.preprocessing,
         label_names=model.label_names,
         num_classes=model.num_classes,
@@ -225,14 +228,23 @@ def _base_code(model: AutoLoraModel) -> str:
     pinned = f', revision="{revision}"' if revision else ""
     size = getattr(model.get_base_model().config, "image_size", None)
     built = f", image_size={size}" if size and model.backbone.get("image_size") else ""
+    kind = _transformers_class(model)
+    if tower_of(model) is not None:
+        return f'from transformers import {kind}\n\nbackbone = {kind}.from_pretrained("{shown}"{pinned}{built})'
     return textwrap.dedent(
         f"""\
-        from transformers import AutoModelForImageClassification
+        from transformers import {kind}
 
-        backbone = AutoModelForImageClassification.from_pretrained(
+        backbone = {kind}.from_pretrained(
             "{shown}"{pinned}, num_labels={classes}{built}, ignore_mismatched_sizes=True
         )"""
     )
+
+
+def _transformers_class(model: AutoLoraModel) -> str:
+    """Name of the class of transformers that loads a checkpoint of such a model."""
+    tower = tower_of(model)
+    return "AutoModelForImageClassification" if tower is None else tower.name
 
 
 def _trained_with(model: AutoLoraModel) -> str:
@@ -297,7 +309,7 @@ def _metadata(
     known = ["adversarial-robustness", "autolora", *branch, model.backbone["library"], "safetensors"]
     return ModelCardData(
         library_name=library,
-        pipeline_tag="image-classification",
+        pipeline_tag="image-classification" if tower_of(model) is None else "image-feature-extraction",
         license=license,
         tags=list(dict.fromkeys([*known, *tags])),
         **extra,

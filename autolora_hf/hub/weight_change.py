@@ -19,6 +19,7 @@ from ..layers import weight_name
 from ..layout import base_tensors
 from ..modeling import AutoLoraModel
 from ..routes import ROBUST
+from ..towers import is_recorded_tower
 
 
 logger = logging.getLogger(__name__)
@@ -212,6 +213,7 @@ def _load_base(model: AutoLoraModel, base_model: nn.Module | str | None) -> tupl
             model.num_classes,
             image_size=record.get("image_size"),
             library=record["library"],
+            tower=is_recorded_tower(record),
             revision=record["revision"] if name == record["name_or_path"] else None,
         )
     return base, name

@@ -8,6 +8,7 @@ from ..targets import statistics_norms
 from .ar_at import AsymmetricRegularization
 from .autolora import AutoLora
 from .base import Batch, Objective, ObjectiveOutput
+from .fare import Fare, SimClip
 from .mart import Mart
 from .natural import NaturalFineTuning, StandardLinearFineTuning
 from .pgd_at import AdversarialLinearFineTuning, AdversarialTraining
@@ -26,6 +27,8 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "twins-at": TwinsAT,
     "twins-trades": TwinsTrades,
     "ar-at": AsymmetricRegularization,
+    "fare": Fare,
+    "sim-clip": SimClip,
 }
 
 
@@ -58,10 +61,12 @@ __all__ = [
     "AsymmetricRegularization",
     "AutoLora",
     "Batch",
+    "Fare",
     "Mart",
     "NaturalFineTuning",
     "Objective",
     "ObjectiveOutput",
+    "SimClip",
     "StandardLinearFineTuning",
     "Trades",
     "TwinsAT",

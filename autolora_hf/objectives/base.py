@@ -12,6 +12,7 @@ from torch import Tensor
 from ..checks import listed
 from ..routes import ROBUST
 from ..schedules import LossScalars
+from ..towers import advice, tower_of
 
 
 if TYPE_CHECKING:
@@ -65,14 +66,19 @@ class Objective:
         heads_only (`bool`): Only the classification layers train, and all else is in eval mode.
         needs_adversarial (`bool`): Whether the trainer runs the attack.
         uses_scalars (`bool`): Whether the trainer measures the natural route's training accuracy for the loss scalars.
-        classifies (`bool`): Whether the outputs are logits of the labels. If not, validation measures the objective's
-            own [`losses`] instead of accuracies.
+        classifies (`bool`): Whether the outputs are logits of the labels. If not, it trains image towers, on images
+            whose labels are not looked at and may be missing, and validation measures the objective's own [`losses`]
+            instead of accuracies.
         selection_metric (`str`): Validation metric that the schedule and the choice of the best weights go by.
         attack_loss (`str`): What the attack maximises, see [`PGD`].
         schedule (`str`): Learning-rate schedule where `schedule` is left open.
         milestones (`tuple[float, ...]`): Shares of the run after which `"milestones"` divides the learning rate by 10.
+        warmup (`float`): Share of the run in which `"cosine"` rises, where the arguments ask for no warm-up.
         learning_rate (`float`, *optional*): Learning rate in mode `full` where it is left open and the method has a
             published one for fine-tuning; else the package's own.
+        optimizer (`str`, *optional*): Optimizer in mode `full`, likewise.
+        steps (`int`, *optional*): Optimizer steps of the published training: where the number of epochs is left open,
+            the package's own gives way to what they make, if that is less.
     """
 
     description: ClassVar[str] = ""
@@ -86,7 +92,10 @@ class Objective:
     attack_loss: str = "ce"
     schedule: ClassVar[str] = "milestones"
     milestones: ClassVar[tuple[float, ...]] = (1 / 2, 5 / 6)
+    warmup: ClassVar[float] = 0.0
     learning_rate: ClassVar[float | None] = None
+    optimizer: ClassVar[str | None] = None
+    steps: ClassVar[int | None] = None
 
     def prepare(self, model: AutoLoraModel, seed: int) -> None:
         """Called once, before the optimizer is made: checks that the model fits, makes what trains along with it.
@@ -96,8 +105,20 @@ class Objective:
             seed (`int`): Of what is drawn at random.
 
         Raises:
-            ValueError: If the model lacks a route or has the wrong norms.
+            ValueError: If the model lacks a route or has the wrong norms, or its outputs are not of the right kind.
         """
+        if self.classifies and tower_of(model) is not None:
+            raise ValueError(
+                f"{type(self).__name__} needs logits of classes, but a {model.backbone['architecture']} gives "
+                "embeddings. Use an objective without labels ('fare', 'sim-clip'), or a classifier: for the name of a "
+                "checkpoint of CLIP, `get_autolora_model(name, num_classes=...)` makes one."
+            )
+        if not self.classifies and tower_of(model) is None:
+            raise ValueError(
+                f"{type(self).__name__} trains the embeddings of an image tower, but a "
+                f"{model.backbone['architecture']} gives logits of classes. {advice()} For a classifier use an "
+                "objective with labels, such as 'autolora' or 'trades'."
+            )
         missing = [route for route in self.routes if route not in model.routes]
         if missing:
             raise ValueError(
@@ -107,12 +128,16 @@ class Objective:
                 f"`AutoLoraConfig({', '.join(f'{name}={value!r}' for name, value in self.config.items())})`."
             )
 
+    def describe(self) -> dict[str, Any]:
+        """What the training plan is to say of it besides its options, once it is prepared."""
+        return {}
+
     def reference(self, pixels: Tensor) -> Tensor | None:
         """What the attack moves away from and the loss draws near to, N x D; `None` if there is no such thing."""
         return None
 
     def losses(self, outputs: Tensor, labels: Tensor, reference: Tensor | None) -> Tensor:
-        """Validation loss of every image, N, of the deployed route's outputs for adversarial images."""
+        """Validation loss of every image, N, of the deployed route's outputs, N x K, for adversarial images."""
         return F.cross_entropy(outputs, labels, reduction="none")
 
     def __call__(self, forward: RouteForward, batch: Batch, scalars: LossScalars) -> ObjectiveOutput:

@@ -11,6 +11,13 @@ def kl_divergences(target: Tensor, logits: Tensor) -> Tensor:
     return F.kl_div(F.log_softmax(logits, -1), F.log_softmax(target, -1), reduction="none", log_target=True).sum(-1)
 
 
+def similarity(embeddings: Tensor) -> Tensor:
+    """Mean cosine between different rows of N x D, a scalar; 1 if there is only one."""
+    count = len(embeddings)
+    total = F.normalize(embeddings.double(), dim=-1).sum(0).square().sum()
+    return (total - count) / (count * (count - 1)) if count > 1 else total
+
+
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
     """Share of right answers, a scalar."""
     return (logits.argmax(-1) == labels).to(logits.dtype).mean()

@@ -17,14 +17,19 @@ PAPER_EPOCHS, PAPER_INTERVAL = 60, 4
 PAPER_MIN_STEPS = 15
 
 
-def default_epochs(steps_per_epoch: int) -> int:
+def default_epochs(steps_per_epoch: int, most_steps: int | None = None) -> int:
     """Number of epochs when none is given.
 
     The paper trains 60 epochs on sets of 15 steps an epoch and more. The schedule counts in epochs, so on a shorter
     set an epoch would be too little training to judge: the number of epochs then grows until the total number of
     optimiser steps is that of the paper's smallest set, up to four times as many.
+
+    Args:
+        steps_per_epoch (`int`): Optimiser steps.
+        most_steps (`int`, *optional*): Where that would take more steps than these, the whole epochs that hold them.
     """
-    return round(PAPER_EPOCHS * min(4.0, max(1.0, PAPER_MIN_STEPS / max(1, steps_per_epoch))))
+    epochs = round(PAPER_EPOCHS * min(4.0, max(1.0, PAPER_MIN_STEPS / max(1, steps_per_epoch))))
+    return epochs if most_steps is None else min(epochs, math.ceil(most_steps / max(1, steps_per_epoch)))
 
 
 def default_checkpoints(epochs: int, interval: int | None = None) -> list[int]:

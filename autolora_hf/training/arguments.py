@@ -19,6 +19,7 @@ from ..options import json_object, with_options
 from ..postprocessing import FINISHERS, Finisher
 from ..schedules import SCHEDULES, EpsilonSchedule, milestones
 from .averaging import AVERAGES
+from .label_free import selectable_metrics
 
 
 @dataclass
@@ -172,11 +173,15 @@ class AutoLoraTrainingArguments(TrainingArguments):
     )
     learning_rate: float | None = field(
         default=None,
-        metadata={"help": "Learning rate at the start; halved by itself. Default: 0.01, for adapters 0.005."},
+        metadata={
+            "help": "Learning rate at the start; halved by itself. Default: 0.01, for adapters 0.005; another one in "
+            "mode 'full' if the objective has one."
+        },
     )
     weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay, on every parameter."})
     optim: str | None = field(
-        default=None, metadata={"help": "Optimizer. Default: SGD with momentum 0.9, for adapters AdamW."}
+        default=None,
+        metadata={"help": "Optimizer. Default: SGD with momentum 0.9; AdamW for adapters, fare and sim-clip."},
     )
     per_device_train_batch_size: int = field(default=128, metadata={"help": "Training batch size of each device."})
     per_device_eval_batch_size: int = field(default=128, metadata={"help": "Evaluation batch size of each device."})
@@ -253,10 +258,11 @@ class AutoLoraTrainingArguments(TrainingArguments):
         if self.attack_step_size is not None:
             self.attack_step_size = PixelRadius(self.attack_step_size)
         self.training_attack()
-        metrics = ("robust_accuracy", "natural_accuracy", "natural_route_accuracy", "loss")
+        metrics = selectable_metrics(self)
         if self.metric_for_best_model not in (None, *metrics, *(f"eval_{metric}" for metric in metrics)):
             raise ValueError(
-                f"`metric_for_best_model` must be one of {', '.join(metrics)}, got {self.metric_for_best_model!r}."
+                f"`metric_for_best_model` of {self.objective!r} must be one of {', '.join(metrics)}, got "
+                f"{self.metric_for_best_model!r}."
             )
         if self.metric_for_best_model is None:
             metric = OBJECTIVES[self.objective].selection_metric
@@ -357,11 +363,12 @@ class AutoLoraTrainingArguments(TrainingArguments):
     def resolve_optimizer(self, mode: str) -> None:
         """Fills in optimizer and learning rate where they were left open.
 
-        Mode `full` has the paper's SGD. The two factors of an adapter have gradients of very different size, so SGD
-        hardly moves it: mode `adapter` has AdamW.
+        Mode `full` has the paper's SGD, or what the objective has. The two factors of an adapter have gradients of
+        very different size, so SGD hardly moves it: mode `adapter` has AdamW.
         """
         if self._choose_optimizer:
-            self.optim = OptimizerNames.SGD if mode == "full" else OptimizerNames.ADAMW_TORCH
+            published = OBJECTIVES[self.objective].optimizer or OptimizerNames.SGD
+            self.optim = OptimizerNames(published if mode == "full" else OptimizerNames.ADAMW_TORCH)
         if self.optim == OptimizerNames.SGD and self.optim_args is None:
             self.optim_args = "momentum=0.9"
         if self.learning_rate is None:

@@ -31,7 +31,11 @@ logger = logging.getLogger(__name__)
 
 
 def prepare_data(
-    train: Any, validation: Any, args: AutoLoraTrainingArguments, preprocessing: Preprocessing, num_classes: int
+    train: Any,
+    validation: Any,
+    args: AutoLoraTrainingArguments,
+    preprocessing: Preprocessing,
+    num_classes: int | None,
 ) -> tuple[PixelDataset, PixelDataset]:
     """Training and validation data as pixels.
 
@@ -41,7 +45,8 @@ def prepare_data(
     Args:
         train, validation: What [`as_pixel_dataset`] takes; `None` for `validation` holds out a part of `train`.
         args (`AutoLoraTrainingArguments`): Columns, augmentation, seed, fraction to hold out, broken images.
-        preprocessing (`Preprocessing`), num_classes (`int`): Of the model.
+        preprocessing (`Preprocessing`): Of the model.
+        num_classes (`int`, *optional*): Of the model. `None`: the objective has no labels, so none are read.
 
     Raises:
         ValueError: For labels that do not fit, class names of another order, no image that can be read, and validation
@@ -51,6 +56,7 @@ def prepare_data(
         "image_column": args.image_column,
         "label_column": args.label_column,
         "broken_images": args.broken_images,
+        "labelled": num_classes is not None,
     }
     if validation is not None:
         refuse_test_set(validation)
@@ -59,14 +65,16 @@ def prepare_data(
     train = as_pixel_dataset(
         train, preprocessing, augmentation=args.augmentation, name="train_dataset", seed=args.seed, **options
     )
-    check_labels(train.labels, num_classes, "train_dataset")
+    if num_classes is not None:
+        check_labels(train.labels, num_classes, "train_dataset")
     train = without_absent(_reading_as(args.broken_images, train))
     if validation is None:
         args.limit_held_out(len(train))
         return hold_out(train, args.validation_fraction, args.seed)
     validation = as_pixel_dataset(validation, preprocessing, name="eval_dataset", **options)
-    check_labels(validation.labels, num_classes, "eval_dataset")
-    check_class_names(train.class_names, validation.class_names, "eval_dataset")
+    if num_classes is not None:
+        check_labels(validation.labels, num_classes, "eval_dataset")
+        check_class_names(train.class_names, validation.class_names, "eval_dataset")
     validation = limited(without_absent(_reading_as(args.broken_images, validation)), args)
     # Broken images first: the same error page in both sets is no image that they share.
     return train, _new_images(train, without_broken(validation))
@@ -101,6 +109,18 @@ def refuse_test_set(validation: Any) -> None:
             f"`eval_dataset` is {name}. Its accuracy would choose the learning rate and the best weights, so "
             "the reported test accuracy would be too good. Leave `eval_dataset` out (a part of the training set is "
             "held out by itself) or pass a validation split, and give the test split to `evaluate_robustness`."
+        )
+
+
+def warn_of_few(images: int, accuracies: bool) -> None:
+    """Warns of a validation set whose accuracies, or whose loss, would be mostly chance."""
+    if images < 50:
+        steps = f"robust accuracy moves in steps of {100 / images:.0f} points"
+        logger.warning(
+            "Only %d validation images: %s, and it decides about the learning rate and the best weights. Pass an "
+            "`eval_dataset` or raise `validation_fraction`.",
+            images,
+            steps if accuracies else "their mean loss is mostly chance",
         )
 
 

@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..data import PixelDataset, PixelStream
 from ..files import write_json
-from .robust_start import IMAGES, MOVABLE, feature_displacement
+from .robust_start import IMAGES, MOVABLE, embedding_similarity, feature_displacement
 
 
 if TYPE_CHECKING:
@@ -36,6 +36,12 @@ SHORTEST = 3
 ONE_CLASS_SHARE = 0.95
 
 DISPLACEMENT = "feature_displacement"
+# Mean cosine between the embeddings of different images, and what is left of its distance from 1 when they collapse.
+# On tiny towers, where the adversarial distance fell to a fifth: 0.7 with FARE, 0.3 with Sim-CLIP, which ends at 0.04.
+SIMILARITY = "image_similarity"
+COLLAPSED = 0.4
+# As many as are cheap without an attack.
+_COMPARED = 256
 # Logged last in every epoch.
 _EPOCH_ENDS = "next_learning_rate"
 
@@ -50,6 +56,11 @@ MESSAGES = {
         "Robust validation accuracy has not been above guessing for {patience} epochs ({robust:.1%}), though the "
         "robust loss has most of the weight. Start from a robustly pre-trained backbone, or let the attack's radius "
         "grow with `eps_schedule='two-hinge'`."
+    ),
+    "collapse": (
+        "The embeddings of different images have become alike: their mean cosine is {similarity:.3f}, and was "
+        "{start:.3f} before training. A small loss means nothing then. Use `objective='fare'`, which keeps the "
+        "embeddings where they were, or a lower `learning_rate`."
     ),
     "one_class": (
         "The model gives {share:.1%} of the validation images the same class: it has collapsed. Try a lower "
@@ -211,6 +222,7 @@ def findings(
     if displacement is not None and displacement > MOVABLE:
         text = MESSAGES["natural_backbone"].format(displacement=displacement)
         found.append(Finding("natural_backbone", 0, text))
+    found += _collapse(history)
     epochs = epochs_of(history)
     present: set[str] = set()
     for index, now in enumerate(epochs):
@@ -234,6 +246,16 @@ def findings(
         found += [Finding(kind, now.epoch, MESSAGES[kind].format(**values)) for kind in new]
         present = current
     return found
+
+
+def _collapse(history: Sequence[dict[str, Any]]) -> list[Finding]:
+    """Of towers: the first epoch in which most of what tells images apart is gone, if there is one."""
+    start = next((entry[SIMILARITY] for entry in history if SIMILARITY in entry), None)
+    for entry in history if start is not None else ():
+        now = entry.get(f"eval_{SIMILARITY}")
+        if now is not None and 1 - now < COLLAPSED * (1 - start):
+            return [Finding("collapse", entry["epoch"], MESSAGES["collapse"].format(similarity=now, start=start))]
+    return []
 
 
 def prediction_shares(clean: np.ndarray, natural_hits: np.ndarray, robust_hits: np.ndarray) -> dict[str, float]:
@@ -290,22 +312,27 @@ class DiagnosisCallback(TrainerCallback):
     def _measure_start(self) -> None:
         trainer = self.trainer
         try:
+            if not trainer.objective.classifies:
+                # A tower need not be robust before: that is what it is trained for.
+                pixels = _some_images(trainer.eval_dataset, trainer.args.seed, _COMPARED)
+                trainer.log({SIMILARITY: embedding_similarity(trainer.model, pixels.to(trainer.args.device))})
+                return
             pixels = _some_images(trainer.train_dataset, trainer.args.seed).to(trainer.args.device)
             moved = feature_displacement(trainer.model, pixels, trainer.args.threat_model, trainer.args.seed)
         # Images that cannot be read and models that cannot be attacked so: training goes on without this measurement.
         except (OSError, ValueError, RuntimeError) as error:
-            logger.info("Whether the backbone is robustly pre-trained could not be measured: %r.", error)
+            logger.info("The backbone could not be measured before training: %r.", error)
             return
         if not math.isnan(moved):
             trainer.log({DISPLACEMENT: moved})
 
 
-def _some_images(data: PixelDataset | PixelStream, seed: int) -> torch.Tensor:
+def _some_images(data: PixelDataset | PixelStream, seed: int, count: int = IMAGES) -> torch.Tensor:
     """Unaugmented pixels of a few images, N x 3 x H x W, the same in every process: drawn, or a stream's first."""
     if isinstance(data, PixelStream):
-        items = data.first(IMAGES)
+        items = data.first(count)
     else:
-        chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:IMAGES]
+        chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:count]
         plain = data.select(chosen.tolist(), augmentation="none")
         items = [plain[index] for index in range(len(plain))]
     return torch.stack([item["pixel_values"] for item in items])

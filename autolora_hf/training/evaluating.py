@@ -17,10 +17,11 @@ from ..data import PixelDataset, stratified_subset
 from ..evaluation import Accuracy
 from ..modeling import AutoLoraModel
 from ..objectives import Objective
+from ..objectives.terms import similarity
 from ..routes import NATURAL, ROBUST
 from .arguments import AutoLoraTrainingArguments
 from .attacking import RouteAttacker
-from .diagnosis import DiagnosisCallback, prediction_shares
+from .diagnosis import SIMILARITY, DiagnosisCallback, prediction_shares
 from .distributed import synchronize
 from .numerics import StepGuard
 from .publishing import PublishingTrainer
@@ -64,7 +65,7 @@ class EvaluatingTrainer(StreamingTrainer, PublishingTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, dict[str, Tensor] | None, Tensor | None]:
-        """Logits of the natural route, if there is one, of the deployed route on clean and on adversarial images, and
+        """Outputs of the natural route, if there is one, of the deployed route on clean and on adversarial images, and
         the loss of each adversarial image."""
         inputs = self._prepare_inputs(inputs)
         pixels, labels = inputs["pixel_values"], inputs["labels"]
@@ -84,6 +85,8 @@ class EvaluatingTrainer(StreamingTrainer, PublishingTrainer):
                     found["clean"] = logits_of(model(images)).float()
                     found["robust"] = logits_of(model(self._images(model, adversarial))).float()
                 found["loss"] = self.objective.losses(found["robust"], labels, reference)
+                if not self.objective.classifies:
+                    found["clean_loss"] = self.objective.losses(found["clean"], labels, reference)
         if prediction_loss_only:
             return found["loss"].mean(), None, None
         # The loss is a metric, since `Trainer` would count repeated samples in it.
@@ -176,5 +179,8 @@ def accuracies(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def losses(prediction: EvalPrediction) -> dict[str, float]:
-    """Validation metrics of what does not classify."""
-    return {"loss": float(np.mean(prediction.predictions["loss"]))}
+    """Validation metrics of what does not classify: the objective's own loss, under attack and without one, and how
+    similar the embeddings of different images are."""
+    found = prediction.predictions
+    means = {name: float(np.mean(found[name])) for name in ("loss", "clean_loss")}
+    return means | {SIMILARITY: similarity(torch.from_numpy(found["clean"])).item()}

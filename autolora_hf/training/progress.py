@@ -19,6 +19,14 @@ COLUMNS = (
     ("lambda2", "lambda2", "{:.2f}"),
     ("next lr", "next_learning_rate", "{:.2g}"),
 )
+# Where there are no accuracies.
+LOSS_COLUMNS = (
+    ("loss", "loss", "{:.4g}"),
+    ("val. loss", "eval_loss", "{:.4g}"),
+    ("without attack", "eval_clean_loss", "{:.4g}"),
+    ("similarity", "eval_image_similarity", "{:.3f}"),
+    ("next lr", "next_learning_rate", "{:.2g}"),
+)
 
 
 class EpochTableCallback(ProgressCallback):
@@ -26,10 +34,15 @@ class EpochTableCallback(ProgressCallback):
 
     Robust accuracy is under the validation PGD, with its 95 % interval; "natural" is the deployed route on clean
     validation images.
+
+    Args:
+        accuracies (`bool`): Whether there are any; else the validation loss is shown, under attack and without one,
+            and the mean cosine between the embeddings of different images.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, accuracies: bool = True) -> None:
         super().__init__()
+        self.columns = COLUMNS if accuracies else LOSS_COLUMNS
         self.row: dict[str, Any] = {}
 
     def on_train_begin(
@@ -37,7 +50,7 @@ class EpochTableCallback(ProgressCallback):
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         if state.is_world_process_zero:
-            titles = "  ".join(f"{title:>{max(8, len(title))}}" for title, _, _ in COLUMNS)
+            titles = "  ".join(f"{title:>{max(8, len(title))}}" for title, _, _ in self.columns)
             self.training_bar.write(f"{'epoch':>7}  {titles}")
 
     def on_log(
@@ -53,7 +66,7 @@ class EpochTableCallback(ProgressCallback):
         if not state.is_world_process_zero or self.training_bar is None or "next_learning_rate" not in (logs or {}):
             return
         cells = []
-        for title, key, form in COLUMNS:
+        for title, key, form in self.columns:
             text = form.format(self.row[key]).rstrip("%") if key in self.row else "-"
             cells.append(f"{text:>{max(8, len(title))}}")
         note = "  halved, back to the best weights" if self.row.get("reload") else ""

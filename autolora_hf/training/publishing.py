@@ -16,6 +16,7 @@ from transformers.utils.hub import PushInProgress
 
 from ..data import PixelDataset, as_pixel_dataset, check_class_names, check_unseen
 from ..evaluation import RobustnessReport, evaluate_robustness, training_curves_figure
+from ..evaluation.zero_shot import refuse_tower
 from ..files import staged
 from ..hub.model_card import write_model_card
 from ..hub.push import RELEASE_FILES, kept_as_it_is, push_folder
@@ -41,10 +42,11 @@ class PublishingTrainer(ResumableTrainer):
 
         Raises:
             ValueError: If `dataset` shares images with the training or validation data, compared by origin and by
-                content, or has other classes.
+                content, or has other classes; or if the model is an image tower, which has none.
         """
         if dataset is self._checked_test_data:
             return dataset
+        refuse_tower(self.model)
         columns = {"image_column": self.args.image_column, "label_column": self.args.label_column}
         test = as_pixel_dataset(dataset, self.model.preprocessing, name="dataset", **columns)
         check_class_names(self.train_dataset.class_names, test.class_names, "dataset")
@@ -93,9 +95,11 @@ class PublishingTrainer(ResumableTrainer):
             return
         folder = Path(self.args.output_dir)
         figures = dict(card.pop("figures", {}))
-        if any("eval_robust_accuracy" in entry for entry in self.state.log_history):
-            training_curves_figure(self.state.log_history, folder / CURVES)
-            figures["The training: validation accuracies, loss scalars, learning rate"] = CURVES
+        history = self.state.log_history
+        for key, what in (("eval_robust_accuracy", "accuracies, loss scalars"), ("eval_clean_loss", "and train loss")):
+            if any(key in entry for entry in history):
+                training_curves_figure(history, folder / CURVES)
+                figures[f"The training: validation {what}, learning rate"] = CURVES
         tags = [tags] if isinstance(tags, str) else tags
         datasets = [dataset_tags] if isinstance(dataset_tags, str) else dataset_tags
         write_model_card(

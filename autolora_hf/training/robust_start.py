@@ -1,4 +1,5 @@
-"""Whether a backbone looks robustly pre-trained: how far an attack moves its features, measured before training."""
+"""What is measured of a backbone before training: whether it looks robustly pre-trained, that is how far an attack
+moves its features; and of a tower how similar its embeddings are."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from ..attacks.pgd import Ball, attack_mode
 from ..config import ThreatModel
 from ..modeling import AutoLoraModel
+from ..objectives.terms import similarity
 from ..routes import ROBUST
 from .distributed import random_starts
 
@@ -52,6 +54,14 @@ def feature_displacement(model: AutoLoraModel, pixels: Tensor, threat_model: Thr
         with torch.no_grad():
             way = (features(moved) - clean).norm(dim=1).median()
     return (way / apart).item()
+
+
+@torch.no_grad()
+def embedding_similarity(model: AutoLoraModel, pixels: Tensor) -> float:
+    """Mean cosine between the embeddings of different images, N x 3 x H x W, by the deployed route in eval mode."""
+    view = model.pixel_space(ROBUST)
+    with attack_mode(model):
+        return similarity(torch.cat([view(part) for part in pixels.split(IMAGES)])).item()
 
 
 @contextmanager

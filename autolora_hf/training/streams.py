@@ -56,7 +56,7 @@ class StreamingTrainer(Trainer):
 
 
 def prepare_streams(
-    args: AutoLoraTrainingArguments, preprocessing: Preprocessing, num_classes: int, train: Any, validation: Any
+    args: AutoLoraTrainingArguments, preprocessing: Preprocessing, num_classes: int | None, train: Any, validation: Any
 ) -> tuple[PixelDataset | PixelStream, PixelDataset | PixelStream]:
     """Training and validation data, of which one at least is a stream, checked against each other and the model.
 
@@ -68,15 +68,18 @@ def prepare_streams(
     # Every process goes through the whole stream and takes its part of each batch, as with other data: equal parts,
     # the last ones filled up. With `dispatch_batches` the parts of the last batch would be of another size.
     args.accelerator_config.dispatch_batches = False
-    train = _open(args, train, preprocessing, "train_dataset", augmentation=args.augmentation, shuffle=True)
-    check_labels(train.labels, num_classes, "train_dataset")
+    options = {"labelled": num_classes is not None}
+    train = _open(args, train, preprocessing, "train_dataset", augmentation=args.augmentation, shuffle=True, **options)
+    if num_classes is not None:
+        check_labels(train.labels, num_classes, "train_dataset")
     if validation is None:
         args.limit_held_out(len(train))
         kept, held_out = train.hold_out(args.validation_fraction)
         return kept, held_out.without_broken()
-    validation = _open(args, validation, preprocessing, "eval_dataset")
-    check_labels(validation.labels, num_classes, "eval_dataset")
-    check_class_names(train.class_names, validation.class_names, "eval_dataset")
+    validation = _open(args, validation, preprocessing, "eval_dataset", **options)
+    if num_classes is not None:
+        check_labels(validation.labels, num_classes, "eval_dataset")
+        check_class_names(train.class_names, validation.class_names, "eval_dataset")
     _check_disjoint(
         train,
         validation,

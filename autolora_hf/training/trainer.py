@@ -35,7 +35,7 @@ from ..schedules import (
 from .arguments import AutoLoraTrainingArguments
 from .attacking import RouteAttacker
 from .averaging import WeightAverage
-from .data import BrokenImagesCallback, prepare_data
+from .data import BrokenImagesCallback, prepare_data, warn_of_few
 from .diagnosis import DiagnosisCallback
 from .distributed import (
     Share,
@@ -66,7 +66,8 @@ class AutoLoraTrainer(EvaluatingTrainer):
         model (`AutoLoraModel`, `nn.Module` or `str`): What [`get_autolora_model`] returns, or what it takes.
         args (`AutoLoraTrainingArguments`, *optional*): Defaults follow the paper.
         train_dataset: A `datasets.Dataset` with an image and a label column, a folder of images by class, a torch
-            `Dataset` of (image, label), or a stream: a `datasets.IterableDataset` or a torch `IterableDataset`.
+            `Dataset` of (image, label), or a stream: a `datasets.IterableDataset` or a torch `IterableDataset`. Where
+            the objective has no labels (FARE), neither need the data; those that there are play no part.
         eval_dataset (*optional*): Validation data of the same kinds, for the schedule and the choice of the best
             weights. `None`: a stratified 5 % of the training set is held out. Never the test set.
         callbacks (`list[TrainerCallback]`, *optional*), optimizers (*optional*): As in `Trainer`.
@@ -111,7 +112,7 @@ class AutoLoraTrainer(EvaluatingTrainer):
         self.objective.prepare(model, args.seed)
         model.limit_training(self.objective.routes, heads_only=self.objective.heads_only)
         train, validation = self._prepare_data(model, args, train_dataset, eval_dataset)
-        self.plan = self._make_plan(args, train, validation, eval_dataset is None)
+        self.plan = self._make_plan(args, train, validation, eval_dataset is None) | self.objective.describe()
         model.training_plan = self.plan
         super().__init__(
             model=model,
@@ -136,7 +137,7 @@ class AutoLoraTrainer(EvaluatingTrainer):
         if isinstance(train, PixelDataset):  # a stream reports broken images itself
             self.add_callback(BrokenImagesCallback(train))
         if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(EpochTableCallback())
+            self.add_callback(EpochTableCallback(accuracies=self.objective.classifies))
         # Weights that were drawn at random may differ.
         synchronize(self.model.parameters())
         self._normalize = Normalize(model.preprocessing).to(args.device)
@@ -148,13 +149,8 @@ class AutoLoraTrainer(EvaluatingTrainer):
         # In which the update computes attention.
         self._precision = mixed.get(self.accelerator.mixed_precision, next(model.parameters()).dtype)
         self._channels_last = args.channels_last and any(isinstance(module, nn.Conv2d) for module in model.modules())
-        if len(validation) < 50 and args.process_index == 0:
-            logger.warning(
-                "Only %d validation images: robust accuracy moves in steps of %.0f points, and it decides about the "
-                "learning rate and the best weights. Pass an `eval_dataset` or raise `validation_fraction`.",
-                len(validation),
-                100 / len(validation),
-            )
+        if args.process_index == 0:
+            warn_of_few(len(validation), self.objective.classifies)
         if args.should_save:
             write_json(self.plan, Path(args.output_dir) / PLAN)
         check_shared_folder(args, Path(args.output_dir) / PLAN)
@@ -166,8 +162,9 @@ class AutoLoraTrainer(EvaluatingTrainer):
 
     def _prepare_data(self, model: AutoLoraModel, args: AutoLoraTrainingArguments, train: Any, validation: Any) -> Any:
         args.resolve_workers(streams=is_stream(train) or is_stream(validation))
-        train, validation = prepare_data(train, validation, args, model.preprocessing, model.num_classes)
-        if train.class_names and len(train.class_names) == model.num_classes:
+        classes = model.num_classes if self.objective.classifies else None
+        train, validation = prepare_data(train, validation, args, model.preprocessing, classes)
+        if train.class_names and len(train.class_names) == classes:
             # The checkpoint may bring the names of another task.
             model.label_names = list(train.class_names)
         return train, validation
@@ -179,8 +176,9 @@ class AutoLoraTrainer(EvaluatingTrainer):
         """Resolves what depends on the size of the training set, and writes it down."""
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         steps = math.ceil(len(train) / batch)
+        objective = OBJECTIVES[args.objective]
         if args.num_train_epochs is None:
-            args.num_train_epochs = default_epochs(steps)
+            args.num_train_epochs = default_epochs(steps, objective.steps)
         epochs = math.ceil(args.num_train_epochs)
         return {
             "objective": args.objective,
@@ -199,7 +197,7 @@ class AutoLoraTrainer(EvaluatingTrainer):
             "epochs": epochs,
             "optimizer": args.optim.value,
             "learning_rate": args.learning_rate,
-            "schedule": args.schedule or OBJECTIVES[args.objective].schedule,
+            "schedule": args.schedule or objective.schedule,
             "eps_schedule": args.eps_schedule,
             "average_weights": args.average_weights,
             "finish": args.finish,
@@ -249,7 +247,7 @@ class AutoLoraTrainer(EvaluatingTrainer):
         if kind == "cosine":
             # In a run of a few steps the rise may not be all of them.
             rise = min(self.args.get_warmup_steps(num_training_steps), num_training_steps - 1)
-            return cosine(rise / num_training_steps)
+            return cosine(rise / num_training_steps or self.objective.warmup)
         return constant()
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
@@ -399,4 +397,4 @@ class _AutoLoraCallback(TrainerCallback):
 
 def _model_for(objective: str, model: nn.Module | str) -> AutoLoraModel:
     """A model of a backbone, or of its name, with the routes that an objective trains."""
-    return get_autolora_model(model, config_for(objective, model))
+    return get_autolora_model(model, config_for(objective, model), tower=not OBJECTIVES[objective].classifies)
