@@ -208,14 +208,14 @@ def render(rows: list[dict[str, Any]]) -> str:
 
 `python scripts/benchmark_methods.py`, {dates[0]} to {dates[-1]}, {rows[0]["machine"]}; seeds
 {", ".join(map(str, seeds))}. The shipped backbone, adversarially trained on Fashion-MNIST, becomes a classifier of
-digits: 950 training digits, 50 for validation, 8 epochs, batches of 32, PGD-5 in training, Linf 0.1. Every system has its
-published weights and schedule, and the package's learning rate where none is published for fine-tuning; nothing was
+digits: 950 training digits, 50 for validation, 8 epochs, batches of 32, PGD-5 in training, Linf 0.1. Every system has
+its published weights and schedule, and the package's learning rate where none is published for fine-tuning; nothing was
 tuned here, for any of them.
 
 Natural accuracy and PGD-20 are of the 1,000 test digits: mean over the seeds [lowest, highest], per cent. AutoAttack
 (standard) is of the same {attacked} test digits for every system and seed; its interval is Clopper-Pearson's of the
-verdicts of all seeds together. They are not independent, so it is rather too narrow than too wide. Time is the CPU time of the
-training, {seconds} being 1. "Trained" counts parameters that get a gradient, "published" the values of the deployed
+verdicts of all seeds together. They are not independent, so it is rather too narrow than too wide. Time is the CPU
+time of the training, {seconds} being 1. "Trained" counts parameters that get a gradient, "published" the values of the deployed
 route that training changes.
 
 **How to read it.** A difference of less than about ten points of AutoAttack, or less than the spread of the seeds,

@@ -18,18 +18,12 @@ import importlib
 import importlib.metadata
 import io
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from released_step import EPS, STEP_SIZE, STEPS
 from torch import Tensor, nn
-
-from autolora_hf.objectives import Batch
-from autolora_hf.objectives.base import ObjectiveOutput, RouteForward
-from autolora_hf.routes import ROBUST
-from autolora_hf.schedules import LossScalars
 
 
 Attack = Callable[[Tensor, Tensor], Tensor]
@@ -44,18 +38,6 @@ DISTRIBUTIONS = {
     "cleverhans": "cleverhans",
     "MAIR": "mair",
 }
-
-
-class PlainAdversarialTraining:
-    """Cross-entropy of the adversarial images through the deployed route: what MAIR's `AT` and ART's trainer do."""
-
-    needs_adversarial: ClassVar[bool] = True
-    uses_scalars: ClassVar[bool] = False
-    selection_metric: ClassVar[str] = "robust_accuracy"
-
-    def __call__(self, forward: RouteForward, batch: Batch, scalars: LossScalars) -> ObjectiveOutput:
-        loss = F.cross_entropy(forward(ROBUST, batch.adversarial), batch.labels)
-        return ObjectiveOutput(loss, {"robust_loss": loss.detach()})
 
 
 def versions() -> dict[str, str]:

@@ -121,10 +121,13 @@ def measure_attack(case: Case, bench: Bench) -> dict[str, Any]:
 class TrainerSteps:
     """Optimizer steps of an `AutoLoraTrainer`, one a call, made of the calls with which `Trainer` makes them."""
 
-    def __init__(self, case: Case, bench: Bench, objective: Any = None, fresh: bool = False, **options: Any) -> None:
+    def __init__(
+        self, case: Case, bench: Bench, objective: str = "autolora", fresh: bool = False, **options: Any
+    ) -> None:
         network = case.build().to(bench.device) if fresh else network_of(case, bench)
         args = AutoLoraTrainingArguments(
             str(bench.new_folder()),
+            objective=objective,
             num_train_epochs=1,
             per_device_train_batch_size=case.batch,
             attack_steps=case.attack_steps,
@@ -138,7 +141,6 @@ class TrainerSteps:
         train, validation = (TensorDataset(*case.images(count, seed)) for count, seed in ((2 * case.batch, 0), (2, 9)))
         self.trainer = trainer = AutoLoraTrainer(adapted(case, network), args, train, validation)
         trainer.remove_callback(transformers.PrinterCallback)
-        trainer.objective = objective or trainer.objective
         trainer._init_training_state(1000, 1000, 1, None, None)
         self.model, self.loader = trainer._prepare_for_training(1000, trainer.get_train_dataloader(), None)
         self.optimizer = trainer.optimizer.optimizer
@@ -199,7 +201,7 @@ def measure_step(case: Case, bench: Bench) -> dict[str, Any]:
     for name, base in {**{name: name for name in STEPS_OF_TRAINER}, **plain}.items():
         options = STEPS_OF_TRAINER[base]
         if case.compiled or not options.get("attack_compile"):
-            step = TrainerSteps(case, bench, peers.PlainAdversarialTraining() if name in plain else None, **options)
+            step = TrainerSteps(case, bench, "pgd-at" if name in plain else "autolora", **options)
             add(name, step, step.optimizer)
     for name, build in peers.TRAININGS.items() if case.complete else ():
         model = nn.Sequential(Normalize(case.preprocessing), network_of(case, bench)).to(bench.device)
