@@ -22,6 +22,7 @@ import os
 import platform
 import statistics
 import tempfile
+import textwrap
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -204,23 +205,22 @@ def render(rows: list[dict[str, Any]]) -> str:
     attacked = rows[0]["autoattack"][1] if rows else ATTACKED
     own = [row["training_seconds"] for row in rows if row["system"] == "AutoLoRa"]
     seconds = f"AutoLoRa's ({statistics.median(own):.0f} s)" if own else "AutoLoRa's"
-    head = f"""# Methods on the quickstart's task
-
-`python scripts/benchmark_methods.py`, {dates[0]} to {dates[-1]}, {rows[0]["machine"]}; seeds
-{", ".join(map(str, seeds))}. The shipped backbone, adversarially trained on Fashion-MNIST, becomes a classifier of
-digits: 950 training digits, 50 for validation, 8 epochs, batches of 32, PGD-5 in training, Linf 0.1. Every system has
-its published weights and schedule, and the package's learning rate where none is published for fine-tuning; nothing was
-tuned here, for any of them.
-
-Natural accuracy and PGD-20 are of the 1,000 test digits: mean over the seeds [lowest, highest], per cent. AutoAttack
-(standard) is of the same {attacked} test digits for every system and seed; its interval is Clopper-Pearson's of the
-verdicts of all seeds together. They are not independent, so it is rather too narrow than too wide. Time is the CPU
-time of the training, {seconds} being 1. "Trained" counts parameters that get a gradient, "published" the values of the deployed
-route that training changes.
-
-**How to read it.** A difference of less than about ten points of AutoAttack, or less than the spread of the seeds,
-says nothing. One small convolutional network, one small task, and 50 validation images that choose the weights are no
-ranking of methods; they show what each costs here, and that each works."""
+    paragraphs = [
+        f"`python scripts/benchmark_methods.py`, {dates[0]} to {dates[-1]}, {rows[0]['machine']}; seeds "
+        f"{', '.join(map(str, seeds))}. The shipped backbone, adversarially trained on Fashion-MNIST, becomes a "
+        "classifier of digits: 950 training digits, 50 for validation, 8 epochs, batches of 32, PGD-5 in training, "
+        "Linf 0.1. Every system has its published weights and schedule, and the package's learning rate where none is "
+        "published for fine-tuning; nothing was tuned here, for any of them.",
+        "Natural accuracy and PGD-20 are of the 1,000 test digits: mean over the seeds [lowest, highest], per cent. "
+        f"AutoAttack (standard) is of the same {attacked} test digits for every system and seed; its interval is "
+        "Clopper-Pearson's of the verdicts of all seeds together. They are not independent, so it is rather too narrow "
+        f'than too wide. Time is the CPU time of the training, {seconds} being 1. "Trained" counts parameters that '
+        'get a gradient, "published" the values of the deployed route that training changes.',
+        "**How to read it.** A difference of less than about ten points of AutoAttack, or less than the spread of the "
+        "seeds, says nothing. One small convolutional network, one small task, and 50 validation images that choose "
+        "the weights are no ranking of methods; they show what each costs here, and that each works.",
+    ]
+    head = "\n\n".join(["# Methods on the quickstart's task", *(textwrap.fill(text, 119) for text in paragraphs)])
     return "\n".join([head, *_rows(rows)]) + "\n"
 
 
