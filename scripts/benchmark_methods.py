@@ -213,7 +213,7 @@ def render(rows: list[dict[str, Any]]) -> str:
         "published for fine-tuning; nothing was tuned here, for any of them.",
         "Natural accuracy and PGD-20 are of the 1,000 test digits: mean over the seeds [lowest, highest], per cent. "
         f"AutoAttack (standard) is of the same {attacked} test digits for every system and seed; its interval is "
-        "Clopper-Pearson's of the verdicts of all seeds together. They are not independent, so it is rather too narrow "
+        "Clopper-Pearson's of the verdicts of all seeds together. They are not independent, so it is rather narrow "
         f'than too wide. Time is the CPU time of the training, {seconds} being 1. "Trained" counts parameters that '
         'get a gradient, "published" the values of the deployed route that training changes.',
         "**How to read it.** A difference of less than about ten points of AutoAttack, or less than the spread of the "
