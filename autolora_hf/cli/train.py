@@ -17,6 +17,7 @@ from ..objectives import OBJECTIVES, config_for
 from ..options import json_object
 from ..pixels import Preprocessing
 from ..training import AutoLoraTrainer, AutoLoraTrainingArguments
+from ..training.method_arguments import MethodArguments
 from ..training.publishing import CURVES
 from .data import open_data
 from .display import show_progress
@@ -130,7 +131,8 @@ def build_parser(show_all: bool = False) -> HfArgumentParser:
         if action.type is PixelRadius:
             action.type = radius_argument
     if not show_all:
-        shown = {*AutoLoraTrainingArguments.__annotations__, *COMMON} - set(FIXED)
+        own = {*MethodArguments.__annotations__, *AutoLoraTrainingArguments.__annotations__}
+        shown = {*own, *COMMON} - set(FIXED)
         inherited = {entry.name for entry in fields(TrainingArguments)} - shown
         for action in parser._actions:
             if action.dest in inherited or any(option.startswith("--no_") for option in action.option_strings):
