@@ -90,6 +90,8 @@ class RiFT(Finisher):
             100 * natural,
         )
         return {
+            "summary": f"{name} fine-tuned on clean images, {best:.0%} of the way kept: natural validation accuracy "
+            f"{best_natural:.1%} instead of {natural:.1%}",
             "module": name,
             "criticality": criticality[name],
             "highest_criticality": max(criticality.values()),
