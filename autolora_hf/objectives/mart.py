@@ -16,7 +16,7 @@ from .terms import accuracy, kl_divergences
 
 @dataclass
 class Mart(Objective):
-    """`BCE(p(x~), y) + weight KL(p(x) || p(x~)) (1 - p_y(x))` (Wang et al., 2020, eq. 10 and 11), with
+    """`BCE(p(x~), y) + weight KL(p(x) || p(x~)) (1 - p_y(x))` (Wang et al., ICLR 2020, Algorithm 1), with
 
     `BCE(p, y) = -log p_y - log(1 - max_{k != y} p_k)`: images that are misclassified anyway weigh more in the KL term.
 

@@ -15,7 +15,7 @@ from .terms import accuracy, kl_divergences
 
 @dataclass
 class Trades(Objective):
-    """`CE(robust(x), y) + beta KL(robust(x) || robust(x~))` (Zhang et al., 2019, eq. 5), one route, one network.
+    """`CE(robust(x), y) + beta KL(robust(x) || robust(x~))` (Zhang et al., ICML 2019, Algorithm 1), one route.
 
     Args:
         beta (`float`): Weight of the KL term; 6 in the paper.

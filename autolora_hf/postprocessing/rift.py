@@ -30,7 +30,7 @@ class RiFT(Finisher):
     """Fine-tunes the least critical module on clean images, and keeps as much of the change as costs no robustness.
 
     1. *Module robust criticality*: how far the loss of adversarial images rises when one module's weights move by at
-       most `radius` of their norm, in the worst direction (eq. 3 and 4 of the paper; `images` training images).
+       most `radius` of their norm, in the worst direction (on `images` training images).
     2. The least critical module is fine-tuned on clean training images; everything else stays, in eval mode.
     3. Of the points between old and new weights the one with the best natural validation accuracy is kept whose
        robust validation accuracy is no lower than before. (The authors look at test data here.)
