@@ -190,6 +190,15 @@ class AutoLoraConfig(LoraConfig):
                 f"`norm={self.norm!r}` is about what the natural route shares with the robust one, but "
                 "`natural_route='none'` leaves it out."
             )
+        if self.natural_route == "none" and not self.stop_gradient:
+            raise ValueError(
+                "`stop_gradient=False` is about the natural route, but `natural_route='none'` leaves it out."
+            )
+        if not self.has_branches and self.branch != "lora":
+            raise ValueError(
+                f"`branch={self.branch!r}` would have no effect: with `mode='full'` and `natural_route="
+                f"{self.natural_route!r}` there is no branch. Use `mode='adapter'` (`--mode adapter`)."
+            )
         if not self.has_branches and self.target_modules:
             raise ValueError(
                 f"`target_modules` names layers that get a branch, but with `mode='full'` and `natural_route="

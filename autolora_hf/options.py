@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from .checks import listed
 
@@ -29,10 +30,38 @@ def with_options(kind: type[T], options: Mapping[str, Any] | None, where: str) -
     if unknown:
         has = f"Its options are {listed(sorted(known))}" if known else "It has no options"
         raise ValueError(f"`{where}` has {listed(unknown)}, which {kind.__name__} does not know. {has}.")
-    try:
-        return kind(**(options or {}))
-    except TypeError as error:
-        raise ValueError(f"`{where}` does not fit {kind.__name__}: {error}.") from error
+    hints = get_type_hints(kind)
+    for name, value in (options or {}).items():
+        if not _fits(value, hints[name]):
+            raise ValueError(f"`{where}`: `{name}` must be {_words(hints[name])}, got {value!r}.")
+    return kind(**(options or {}))
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value that may come from JSON is of the kind that a field is annotated with."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in arguments
+    if origin in (Union, UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(entry, arguments[0]) for entry in value)
+    if isinstance(value, bool) or hint is bool:
+        return hint is bool and isinstance(value, bool)
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _words(hint: Any) -> str:
+    """An annotation in words."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return " or ".join(map(repr, arguments))
+    if origin in (Union, UnionType):
+        return " or ".join(map(_words, arguments))
+    if origin is list:
+        return f"a list, each of it {_words(arguments[0])}"
+    words = {float: "a number", int: "an integer", bool: "true or false", str: "a text", type(None): "null"}
+    return words.get(hint, str(hint))
 
 
 def json_object(value: dict | str | None, where: str) -> dict | None:

@@ -21,15 +21,16 @@ from autolora_hf.training.robust_start import MOVABLE, feature_displacement
 VALIDATION = Validation(images=100, guess=0.1)
 
 
-def history(robust, natural=0.8, share=0.15, only=0.0, train=0.5, lambda1=0.2):
-    """A training log; every argument is one value or one an epoch."""
+def history(robust, natural=0.8, share=0.15, only=0.0, train=0.5, lambda1=0.2, radius=None):
+    """A training log; every argument is one value or one an epoch. `radius` is that of the attack after each epoch."""
     log = [{"lambda1": lambda1, "epoch": 0}]
     for epoch in range(len(robust)):
         now = [value[epoch] if isinstance(value, list) else value for value in (robust, natural, share, only, train)]
         keys = ["eval_robust_accuracy", "eval_natural_accuracy", "eval_largest_share", "eval_only_robust"]
         log.append({"loss": 1.0, "train_robust_accuracy": now[4], "epoch": epoch + 1})
         log.append({**dict(zip(keys, now[:4], strict=True)), "epoch": epoch + 1})
-        log.append({"lambda1": lambda1, "next_learning_rate": 0.01, "epoch": epoch + 1})
+        grown = {} if radius is None else {"eps_share": radius[epoch]}
+        log.append({**grown, "lambda1": lambda1, "next_learning_rate": 0.01, "epoch": epoch + 1})
     return log
 
 
@@ -51,6 +52,9 @@ RISING = [0.05, 0.2, 0.35, 0.4, 0.42, 0.44]
         (history([0.1, 0.1, 0.2, 0.1, 0.1, 0.2]), []),
         # The curriculum still trains naturally.
         (history([0.0] * 6, lambda1=0.9), []),
+        # The attack does not have its radius yet, then has it for three epochs.
+        (history([0.0] * 6, radius=[0.0, 0.2, 0.5, 0.8, 1.0, 1.0]), []),
+        (history([0.0] * 6, radius=[0.5, 1.0, 1.0, 1.0, 1.0, 1.0]), [("robust_accuracy_at_chance", 5)]),
         # It stopped and came back.
         (
             history([0.0] * 4 + [0.3] + [0.0] * 3, train=0.0),

@@ -331,7 +331,7 @@ def test_what_is_logged_planned_and_drawn(tmp_path, capsys):
         ({"init": "linear-probe"}, "`init='linear-probe'` prepares a classification layer"),
         ({"finish": "rift"}, "`finish='rift'` measures accuracies"),
         ({"eps_schedule": "auto"}, "`eps_schedule='auto'` goes by natural accuracy"),
-        ({"objective_kwargs": {"distance": "l1"}}, "must be 'l2' or 'cosine'"),
+        ({"objective_kwargs": {"distance": "l1"}}, "`distance` must be 'l2' or 'cosine'"),
     ],
 )
 def test_arguments_that_need_labels(tmp_path, changes, message):

@@ -127,7 +127,7 @@ def test_the_trainer_knows_no_method_by_name():
             elif isinstance(node, ast.Name) and node.id in classes - {"Initializer", "Finisher"}:
                 found.add((file.name, node.id))
     # The default of the arguments.
-    assert found == {("arguments.py", "autolora")}
+    assert found == {("method_arguments.py", "autolora")}
 
 
 def test_a_backbone_is_given_the_routes_that_the_objective_needs(tmp_path):

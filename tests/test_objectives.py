@@ -311,12 +311,18 @@ def test_config_for_makes_a_model_that_fits(objective, mode):
 @pytest.mark.parametrize("objective", ["autolora", "ar-at", "twins-at"])
 def test_a_missing_route_is_told_with_what_to_pass(objective):
     model = MODELS["timm_resnet"].adapted(natural_route="none")
-    with pytest.raises(ValueError, match=r"has no natural one.*AutoLoraConfig"):
+    with pytest.raises(ValueError, match=r"has no natural one.*leave out --norm.*config_for"):
         OBJECTIVES[objective]().prepare(model, seed=0)
 
 
+@pytest.mark.parametrize("config", [{}, {"natural_route": "plain"}, {"stop_gradient": False, "norm": "split"}])
+def test_ar_at_wants_norms_for_clean_images_and_their_gradient(config):
+    with pytest.raises(ValueError, match=r"AR-AT needs `natural_route='plain'`.*this model has"):
+        AsymmetricRegularization().prepare(MODELS["timm_resnet"].adapted(**config), seed=0)
+
+
 def test_twins_wants_the_frozen_norms():
-    with pytest.raises(ValueError, match=r"norm='frozen'.*has 'shared'.*config_for\('twins-at'\)"):
+    with pytest.raises(ValueError, match=r"norm='frozen'.*has 'shared'.*config_for\(objective, backbone\)"):
         TwinsAT().prepare(MODELS["timm_resnet"].adapted(), seed=0)
     with pytest.raises(ValueError, match="running statistics of BatchNorm, and this model has none"):
         model_for("twins-at", "hf_vit")
@@ -334,6 +340,8 @@ def test_without_running_statistics_ar_at_keeps_one_set_of_norms():
     [
         ({"natural_route": "none", "norm": "dual"}, "natural_route='none'"),
         ({"natural_route": "plain", "target_modules": ["fc1"]}, "there is none"),
+        ({"natural_route": "none", "stop_gradient": False}, "leaves it out"),
+        ({"natural_route": "none", "branch": "loha"}, "there is no branch"),
         ({"natural_route": "both"}, "must be one of 'branch', 'plain', 'none'"),
         ({"norm": "frozen2"}, "`norm` must be one of"),
     ],

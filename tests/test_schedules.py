@@ -5,7 +5,17 @@ import math
 import pytest
 import torch
 from test_stages import trainer_for
-from test_trainer import NAMES, Spy, StopAfter, arguments, copied_state, logged, new_trainer, same
+from test_trainer import (
+    NAMES,
+    Spy,
+    StopAfter,
+    arguments,
+    copied_state,
+    fake_robust_accuracy,
+    logged,
+    new_trainer,
+    same,
+)
 from tiny_models import MODELS
 
 from autolora_hf import AutoLoraTrainer
@@ -70,7 +80,7 @@ def test_the_schedule_of_the_arguments_is_the_one_that_runs(tmp_path, schedule, 
 def test_trades_with_the_automatic_learning_rate(tmp_path):
     trainer = new_trainer(tmp_path, objective="trades", schedule="plateau", num_train_epochs=6)
     trainer.train()
-    assert sum(logged(trainer, "reload")) > 0 or logged(trainer, "eval_robust_accuracy")
+    assert trainer.plan["halving_checkpoints"] == [0, 2, 4] and len(logged(trainer, "reload")) == 6
     assert isinstance(trainer.lr_scheduler.halving, PlateauHalving)
     assert new_trainer(tmp_path / "own", objective="trades").plan["schedule"] == "milestones"
 
@@ -200,9 +210,13 @@ class AfterSteps(AutoLoraTrainer):
 @pytest.mark.parametrize("kind", ["ema", "swa"])
 @pytest.mark.parametrize("name", ["timm_resnet", "hf_vit"])
 def test_averages_are_what_is_validated_and_saved(tmp_path, kind, name):
-    options = {"objective": "pgd-at", "average_weights": kind, "ema_decay": 0.7, "num_train_epochs": 4}
-    trainer = new_trainer(tmp_path, name, kind=AfterSteps, load_best_model_at_end=False, **options)
+    options = {"objective": "pgd-at", "num_train_epochs": 4, "load_best_model_at_end": False}
+    plain = new_trainer(tmp_path / "plain", name, **options)
+    plain.train()
+    options |= {"average_weights": kind, **({"ema_decay": 0.7} if kind == "ema" else {})}
+    trainer = new_trainer(tmp_path, name, kind=AfterSteps, **options)
     trainer.train()
+    assert logged(trainer, "loss") == logged(plain, "loss"), "training went on from the average"
     steps = trainer.state.max_steps
     expected = averaged_by_hand(trainer, kind, 0.7, 0.75 * steps if kind == "swa" else 0)
     saved = MODELS[name].adapted(num_classes=len(NAMES))
@@ -214,7 +228,8 @@ def test_averages_are_what_is_validated_and_saved(tmp_path, kind, name):
             assert torch.allclose(parameter.double(), expected[key], atol=1e-5), key
             moved += (parameter - trainer.after_steps[-1][key]).abs().sum().item()
     assert moved > 0, "the average is the last point"
-    assert same({k: p.detach() for k, p in live.items()}, trainer.after_steps[-1]), "training went on from the average"
+    # Where no best weights are loaded the run ends with the average.
+    assert all(torch.equal(live[key], parameter) for key, parameter in saved.named_parameters())
 
 
 @pytest.mark.parametrize(
@@ -246,6 +261,34 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, name, options):
         assert logged(resumed, key) == logged(whole, key), key
 
 
+def test_the_best_of_a_run_with_swa_is_an_average(tmp_path):
+    trainer = new_trainer(tmp_path, objective="pgd-at", average_weights="swa", num_train_epochs=4)
+    fake_robust_accuracy(trainer, [0.9, 0.8, 0.7, 0.5])
+    trainer.train()
+    assert trainer.state.best_global_step == trainer.state.max_steps and trainer.state.best_metric == 0.5
+    other = new_trainer(tmp_path / "ema", objective="pgd-at", average_weights="ema", num_train_epochs=4)
+    fake_robust_accuracy(other, [0.9, 0.8, 0.7, 0.5])
+    other.train()
+    assert other.state.best_metric == 0.9, "a moving average is there from the first step on"
+
+
+def test_what_a_method_was_made_of_is_in_the_plan(tmp_path):
+    plan = new_trainer(tmp_path, scalar_lambda2_max=0.0, scalar_images=9, average_weights="ema").plan
+    assert (plan["scalar_lambda2_max"], plan["scalar_images"], plan["ema_decay"]) == (0, 9, 0.999)
+    plan = new_trainer(tmp_path / "other", objective="mart", finish="rift", finish_kwargs={"points": 3}).plan
+    assert (plan["milestones"], plan["finish_options"]) == ([3 / 4, 9 / 10], {"points": 3})
+    assert plan["halving_rule"] is plan["halving_checkpoints"] is plan["scalar_lambda2_max"] is None
+
+
+def test_the_radius_and_a_plateau_without_accuracies():
+    """Label-free objectives have no natural accuracy, but epochs."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    epsilon = EpsilonSchedule(20, "two-hinge")
+    schedule = AutoLoraScheduler(optimizer, PlateauHalving(list(range(0, 20, 2)), chance=-math.inf), epsilon=epsilon)
+    halved = [schedule.end_epoch(0.0, None) for _ in range(20)]
+    assert not any(halved[:15]) and sum(halved[15:]) > 0
+
+
 def test_only_runs_that_need_it_write_more_than_the_model(tmp_path):
     new_trainer(tmp_path / "plain", num_train_epochs=1).train()
     assert not list((tmp_path / "plain").rglob(TRAINING_STATE))
@@ -263,11 +306,23 @@ def test_only_runs_that_need_it_write_more_than_the_model(tmp_path):
     "changes, message",
     [
         ({"schedule": "linear"}, "`schedule` must be one of plateau, milestones"),
-        ({"milestones": [30, 50]}, "rising shares"),
+        ({"objective": "trades", "milestones": [30, 50]}, "rising shares"),
         ({"eps_schedule": "linear"}, "`eps_schedule` must be"),
         ({"eps_hinges": [0.1, 0.2]}, "for `eps_schedule='two-hinge'`"),
         ({"average_weights": "mean"}, "`average_weights` must be one of none, ema, swa"),
-        ({"ema_decay": 1.0}, "`ema_decay` must be between 0 and 1"),
+        ({"average_weights": "ema", "ema_decay": 1.0}, "`ema_decay` must be between 0 and 1"),
+        ({"objective": "trades", "loss_scalars": [0.5, 3.0]}, "no effect: `objective='trades'` has no such scalars"),
+        ({"objective": "pgd-at", "scalar_lambda2_max": 0.0}, "no effect"),
+        ({"loss_scalars": [0.5, 3.0], "scalar_images": 5}, "no effect: `loss_scalars` are fixed"),
+        ({"objective": "natural", "eps_schedule": "auto"}, "has no training attack"),
+        ({"schedule": "cosine", "milestones": [0.5]}, "no effect: the schedule is 'cosine'"),
+        ({"objective": "trades", "halving_interval": 3}, "no effect: the schedule is 'milestones'"),
+        ({"warmup_steps": 5}, "no effect: the schedule is 'plateau'"),
+        ({"average_weights": "swa", "ema_decay": 0.9}, "no effect: `average_weights` is 'swa'"),
+        ({"objective": "trades", "objective_kwargs": {"automatic": "false"}}, "`automatic` must be true or false"),
+        ({"objective": "trades", "objective_kwargs": {"beta": "six"}}, "`beta` must be a number, got 'six'"),
+        ({"objective": "ar-at", "objective_kwargs": {"gamma": True}}, "`gamma` must be a number, got True"),
+        ({"objective": "ar-at", "objective_kwargs": {"layers": [1]}}, "a list, each of it a text or null"),
         ({"loss_scalars": [0.5]}, "two numbers"),
         ({"loss_scalars": [1.5, 1]}, "two numbers"),
         ({"scalar_images": 0}, "`scalar_images` must be positive"),
@@ -280,6 +335,7 @@ def test_only_runs_that_need_it_write_more_than_the_model(tmp_path):
         ({"init": "linear-probe", "init_kwargs": {"epochs": 0.5}}, "`epochs` of a linear probe"),
         ({"finish": "polish"}, "`finish` must be one of none, rift"),
         ({"finish": "rift", "finish_kwargs": {"radius": -1}}, "positive `radius`"),
+        ({"finish": "rift", "finish_kwargs": {"epochs": -3}}, "at least one step, image, point and epoch"),
     ],
 )
 def test_bad_arguments_are_told_before_anything_is_loaded(tmp_path, changes, message):

@@ -134,6 +134,18 @@ def test_a_run_that_is_interrupted_anywhere_ends_with_the_same_bits(tmp_path):
         assert same(copied_state(resumed.model), copied_state(whole.model)), where
 
 
+def test_a_training_that_starts_again_is_initialised_again(tmp_path):
+    """Its only checkpoint is damaged, so it goes back to its beginning, which the initialiser belongs to."""
+    options = {"init": "adversarial-linear-probe", "init_kwargs": {"epochs": 1}, "num_train_epochs": 1}
+    whole = trainer_for(tmp_path, "hf_vit", **options)
+    whole.train()
+    (weights,) = tmp_path.glob("checkpoint-*/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:1000])
+    again = trainer_for(tmp_path, "hf_vit", **options)
+    again.train(resume_from_checkpoint=True)
+    assert same(copied_state(again.model), copied_state(whole.model))
+
+
 # ---- RiFT ----
 
 
@@ -217,6 +229,13 @@ def test_rift_after_a_training_costs_no_robust_validation_accuracy(tmp_path):
     assert after >= before and found["criticality"] <= found["highest_criticality"]
     metrics = trainer.evaluate()
     assert metrics["eval_natural_accuracy"] == pytest.approx(after)
+
+
+@pytest.mark.parametrize("objective", ["slf", "alf"])
+def test_rift_says_before_training_that_it_has_nothing_to_tune(tmp_path, objective):
+    with pytest.raises(ValueError, match="a layer other than the head, and none trains here"):
+        trainer_for(tmp_path / "run", objective=objective, finish="rift")
+    assert not (tmp_path / "run").exists()
 
 
 def test_stopping_early_still_finishes(tmp_path):

@@ -60,4 +60,4 @@ def run(argv: list[str]) -> None:
     for note in report["notes"]:
         print(f"  note           {note}")
     print(f"Wrote {folder}; every name and the file's SHA-256 are in {REPORT}. Go on with\n")
-    print(f"  autolora train --model {shlex.quote(str(folder))} --train-data FOLDER --output_dir OUTPUT")
+    print(f"  autolora train --model {shlex.quote(str(folder))} --train-data FOLDER --output-dir OUTPUT")

@@ -31,7 +31,8 @@ class ModelArguments:
         }
     )
     mode: str = field(
-        default="full", metadata={"help": "'full' trains the backbone, 'adapter' a LoRA adapter on a frozen one."}
+        default="full",
+        metadata={"help": "'full' trains the backbone, 'adapter' an adapter (--branch) on a frozen one."},
     )
     branch: str = field(
         default="lora", metadata={"help": f"Kind of the branches: {', '.join(BRANCHES)}; see docs/methods.md."}
@@ -122,8 +123,9 @@ def build_parser(show_all: bool = False) -> HfArgumentParser:
         prog="autolora train",
         usage="autolora train --model MODEL --train-data DATA [options]",
         description=(
-            "Robust fine-tuning with AutoLoRa. Nothing but --model and --train-data has to be chosen. Every option of "
-            "transformers' TrainingArguments works too; --help-all lists them."
+            "Robust fine-tuning with AutoLoRa, or with another method (--objective). Nothing but --model and "
+            "--train-data has to be chosen. Every option of transformers' TrainingArguments works too; --help-all "
+            "lists them."
         ),
     )
     parser.add_argument("--help-all", action="store_true", help="list every option and exit")

@@ -36,7 +36,12 @@ _LOSSES = (
     ("eval_clean_loss", "without attack", _BLUE, "o-"),
     ("eval_loss", "under attack (PGD)", _RED, "s-"),
 )
-_SCALARS = (("lambda1", "λ₁", _BLUE, "o-"), ("lambda2", "λ₂", _ORANGE, "s-"), ("loss", "training loss", _GREY, "-"))
+_SCALARS = (
+    ("lambda1", "λ₁", _BLUE, "o-"),
+    ("lambda2", "λ₂", _ORANGE, "s-"),
+    ("eps_share", "share of ε", _GREEN, "^-"),
+    ("loss", "training loss", _GREY, "-"),
+)
 
 
 def adversarial_examples_figure(

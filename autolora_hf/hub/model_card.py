@@ -21,7 +21,7 @@ from ..evaluation import Accuracy, RobustnessReport
 from ..files import write_atomically
 from ..layout import base_tensors, deployed_tensors, loads_with_stock_peft
 from ..modeling import AutoLoraModel
-from ..objectives import OBJECTIVES
+from ..objectives import OBJECTIVES, Objective
 from ..routes import ROBUST
 from ..saving import current_results
 from ..towers import tower_of
@@ -79,6 +79,7 @@ def write_model_card(
         named=_source(model) or model.backbone["architecture"],
         config=model.autolora_config,
         trained_with=_trained_with(model),
+        fine_tuned=_fine_tuned(model),
         own_architecture=model.backbone["architecture"] in architectures.NAMES,
         backbone=model.backbone,
         base_code=_base_code(model),
@@ -247,12 +248,24 @@ def _transformers_class(model: AutoLoraModel) -> str:
     return "AutoModelForImageClassification" if tower is None else tower.name
 
 
+def _objective(model: AutoLoraModel) -> type[Objective] | None:
+    """The objective that a training plan names; a stranger's may name any, or none."""
+    name = (model.training_plan or {}).get("objective")
+    return OBJECTIVES.get(name) if isinstance(name, str) else None
+
+
+def _fine_tuned(model: AutoLoraModel) -> str:
+    """How much of a model of mode `full` was trained, and what for."""
+    objective = _objective(model)
+    how = "whose classification layer was trained" if objective and objective.heads_only else "fine-tuned in full"
+    robust = objective is None or objective.needs_adversarial
+    return how + (" to withstand small worst-case changes of its input" if robust else " on clean images")
+
+
 def _trained_with(model: AutoLoraModel) -> str:
-    """What the objective of the training says about itself; a stranger's plan may name any, or none."""
-    objective = (model.training_plan or {}).get("objective")
-    if not isinstance(objective, str) or objective not in OBJECTIVES:
-        return ""
-    return OBJECTIVES[objective].description.replace("{branch}", model.autolora_config.kind.title)
+    """What the objective of the training says about itself."""
+    objective = _objective(model)
+    return "" if objective is None else objective.description.replace("{branch}", model.autolora_config.kind.title)
 
 
 def _rank(config: AutoLoraConfig) -> str:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..attacks.pgd import attack_mode
 from ..routes import NATURAL, ROBUST
 from ..schedules import LossScalars
-from .base import Batch, Objective, ObjectiveOutput, RouteForward
+from ..targets import statistics_norms
+from .base import ADVICE, Batch, Objective, ObjectiveOutput, RouteForward
 from .features import FeatureReader
 from .terms import accuracy
 
@@ -50,6 +51,7 @@ class AsymmetricRegularization(Objective):
     routes: ClassVar[tuple[str, ...]] = (ROBUST, NATURAL)
     config: ClassVar[dict[str, Any]] = {"natural_route": "plain", "norm": "split", "stop_gradient": False}
     uses_scalars: ClassVar[bool] = True
+    scalars: ClassVar[tuple[str, ...]] = ("lambda1",)
     milestones: ClassVar[tuple[float, ...]] = (3 / 4, 9 / 10)
 
     def __post_init__(self) -> None:
@@ -59,6 +61,13 @@ class AsymmetricRegularization(Objective):
 
     def prepare(self, model: AutoLoraModel, seed: int) -> None:
         super().prepare(model, seed)
+        config = model.autolora_config
+        split = config.norm == "split" or not statistics_norms(model.get_base_model())
+        if config.natural_route != "plain" or config.stop_gradient or not split:
+            raise ValueError(
+                "AR-AT needs `natural_route='plain'`, `stop_gradient=False` and, with BatchNorm, `norm='split'`; this "
+                f"model has {config.natural_route!r}, {config.stop_gradient} and {config.norm!r}. " + ADVICE
+            )
         reference = next(model.parameters())
         example = torch.zeros(1, 3, *model.preprocessing.image_size, device=reference.device, dtype=reference.dtype)
         with attack_mode(model), torch.no_grad(), FeatureReader(model, self.layers or ()) as reader:

@@ -32,6 +32,13 @@ class RouteForward(Protocol):
         """
 
 
+# What to do about a model that does not fit an objective.
+ADVICE = (
+    "Leave the routes to the objective: give the trainer the backbone itself (on the command line, leave out --norm, "
+    "--natural-route and --stop-gradient), or make the model with `config_for(objective, backbone)`."
+)
+
+
 @dataclass(frozen=True)
 class Batch:
     """Clean images, their adversarial versions (`None` if the objective asks for none) and labels.
@@ -66,6 +73,7 @@ class Objective:
         heads_only (`bool`): Only the classification layers train, and all else is in eval mode.
         needs_adversarial (`bool`): Whether the trainer runs the attack.
         uses_scalars (`bool`): Whether the trainer measures the natural route's training accuracy for the loss scalars.
+        scalars (`tuple[str, ...]`): Those of the loss scalars that it has, for the log.
         classifies (`bool`): Whether the outputs are logits of the labels. If not, it trains image towers, on images
             whose labels are not looked at and may be missing, and validation measures the objective's own [`losses`]
             instead of accuracies.
@@ -87,6 +95,7 @@ class Objective:
     heads_only: ClassVar[bool] = False
     needs_adversarial: ClassVar[bool] = True
     uses_scalars: bool = False
+    scalars: ClassVar[tuple[str, ...]] = ("lambda1", "lambda2")
     classifies: ClassVar[bool] = True
     selection_metric: ClassVar[str] = "robust_accuracy"
     attack_loss: str = "ce"
@@ -122,10 +131,8 @@ class Objective:
         missing = [route for route in self.routes if route not in model.routes]
         if missing:
             raise ValueError(
-                f"{type(self).__name__} runs the {listed(list(self.routes))} routes, but this model has no "
-                f"{listed(missing)} one (`natural_route={model.autolora_config.natural_route!r}`). Give the trainer "
-                "the backbone itself, or make the model with "
-                f"`AutoLoraConfig({', '.join(f'{name}={value!r}' for name, value in self.config.items())})`."
+                f"{type(self).__name__} runs the {' and '.join(self.routes)} routes, but this model has no "
+                f"{listed(missing)} one (`natural_route={model.autolora_config.natural_route!r}`). " + ADVICE
             )
 
     def describe(self) -> dict[str, Any]:

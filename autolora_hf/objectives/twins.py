@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..routes import NATURAL, ROBUST
 from ..schedules import LossScalars
-from .base import Batch, Objective, ObjectiveOutput, RouteForward
+from .base import ADVICE, Batch, Objective, ObjectiveOutput, RouteForward
 from .terms import accuracy, kl_divergences
 
 
@@ -51,8 +51,7 @@ class TwinsAT(Objective):
         if config.norm != "frozen" or config.stop_gradient:
             raise ValueError(
                 f"TWINS needs `norm='frozen'` and `stop_gradient=False`, and this model has {config.norm!r} and "
-                f"{config.stop_gradient}. Give the trainer the backbone itself, or make the model with "
-                "`config_for('twins-at')`."
+                f"{config.stop_gradient}. {ADVICE}"
             )
 
     def __call__(self, forward: RouteForward, batch: Batch, scalars: LossScalars) -> ObjectiveOutput:

@@ -39,6 +39,9 @@ class Finished:
 class Finisher:
     """Changes nothing."""
 
+    def prepare(self, model: AutoLoraModel) -> None:
+        """Called before training; raises `ValueError` if it could not do anything with this model."""
+
     def __call__(self, finished: Finished) -> dict[str, Any]:
         """Changes the model, in place; returns what it did, for the training plan."""
         return {}

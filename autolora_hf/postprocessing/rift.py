@@ -55,11 +55,15 @@ class RiFT(Finisher):
     points: int = field(default=10, metadata={"help": "Points of the interpolation."})
 
     def __post_init__(self) -> None:
-        if not self.radius > 0 or not self.learning_rate > 0 or min(self.steps, self.images, self.points) < 1:
+        counts = (self.steps, self.images, self.points, 1 if self.epochs is None else self.epochs)
+        if not self.radius > 0 or not self.learning_rate > 0 or min(counts) < 1:
             raise ValueError(
-                "RiFT needs a positive `radius` and `learning_rate`, and at least one step, image and point, got "
-                f"{self}."
+                "RiFT needs a positive `radius` and `learning_rate`, and at least one step, image, point and epoch, "
+                f"got {self}."
             )
+
+    def prepare(self, model: AutoLoraModel) -> None:
+        candidates(model)
 
     def __call__(self, finished: Finished) -> dict[str, Any]:
         model = finished.model
@@ -187,7 +191,10 @@ def candidates(model: AutoLoraModel) -> dict[str, dict[str, nn.Parameter]]:
                 # The two factors of a branch are one module.
                 found[layer_name.partition(".lora_")[0]][f"{layer_name}.{key}"] = parameter
     if not found:
-        raise ValueError("RiFT found no trainable layer in the deployed route of this model, besides the head.")
+        raise ValueError(
+            "RiFT fine-tunes a layer other than the head, and none trains here. Leave `finish='rift'` out, or choose "
+            "an objective that trains the backbone or an adapter."
+        )
     return dict(found)
 
 

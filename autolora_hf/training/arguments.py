@@ -89,8 +89,8 @@ class AutoLoraTrainingArguments(MethodArguments, TrainingArguments):
     learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "Learning rate at the start; halved by itself. Default: 0.01, for adapters 0.005; another one in "
-            "mode 'full' if the objective has one."
+            "help": "Learning rate at the start; --schedule moves it. Default: 0.01, for adapters 0.005; another one "
+            "in mode 'full' if the objective has one."
         },
     )
     weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay, on every parameter."})
@@ -149,6 +149,9 @@ class AutoLoraTrainingArguments(MethodArguments, TrainingArguments):
             raise ValueError(f"`num_train_epochs` must be at least 1, got {self.num_train_epochs}.")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"`validation_fraction` must be between 0 and 1, got {self.validation_fraction}.")
+        schedule = self.schedule or OBJECTIVES[self.objective].schedule
+        if self.warmup_steps and schedule != "cosine":
+            raise ValueError(f"`warmup_steps={self.warmup_steps}` would have no effect: the schedule is {schedule!r}.")
         strategies = [getattr(value, "value", value) for value in (self.eval_strategy, self.save_strategy)]
         if strategies != ["epoch", "epoch"]:
             raise ValueError(

@@ -30,7 +30,8 @@ class WeightAverage(TrainerCallback):
     `"ema"`: `average = d average + (1 - d) weights` after every step, with a smaller d at first, `(1 + n) / (10 + n)`.
     `"swa"` (Izmailov et al., UAI 2018): the mean of the weights after every step of the last quarter of the run.
     Running statistics are averaged like weights, instead of being measured again. When the best weights are loaded
-    again, the average starts from them.
+    again, the average starts from them. The best weights of a run with `"swa"` are those of an average: what was
+    better before there was one does not count.
 
     Args:
         model (`AutoLoraModel`): The model in training.
@@ -62,6 +63,16 @@ class WeightAverage(TrainerCallback):
         for name, tensor in live.items():
             self._average[name].lerp_(tensor, weight)
         self.count += 1
+
+    def settle(self) -> None:
+        """At the end of a training whose best weights were not loaded: the model has the average from now on."""
+        if self._average:
+            self._swap()
+            self.restart()
+
+    def begins_after(self, step: int | None, max_steps: int) -> bool:
+        """Whether there is an average now, and `step` was before there was one."""
+        return bool(self._average) and self.kind == "swa" and bool(step) and step <= SWA_START * max_steps
 
     def restart(self) -> None:
         """Forgets the average: the next step begins a new one."""

@@ -50,12 +50,13 @@ MESSAGES = {
         "This backbone does not look robustly pre-trained for the threat model: an attack moves its features "
         "{displacement:.2g} times as far as the features of two images are apart (robust backbones: below "
         f"{MOVABLE}). Robust fine-tuning then often stays at chance level. Start from a robustly pre-trained "
-        "backbone, or let the attack's radius grow: `eps_schedule='two-hinge'` (`--eps-schedule two-hinge`)."
+        "backbone, or let the attack's radius grow, if it does not yet: `eps_schedule='two-hinge'` (`--eps-schedule "
+        "two-hinge`)."
     ),
     "robust_accuracy_at_chance": (
         "Robust validation accuracy has not been above guessing for {patience} epochs ({robust:.1%}), though the "
         "robust loss has most of the weight. Start from a robustly pre-trained backbone, or let the attack's radius "
-        "grow with `eps_schedule='two-hinge'`."
+        "grow, if it does not yet: `eps_schedule='two-hinge'`."
     ),
     "collapse": (
         "The embeddings of different images have become alike: their mean cosine is {similarity:.3f}, and was "
@@ -90,6 +91,7 @@ class Epoch:
         only_robust (`float`): Share of validation images that are right under attack alone.
         train_robust (`float`, *optional*): Accuracy under the training attack, in the mean over the epoch.
         natural_weight (`float`): Weight of the natural loss term during the epoch, `lambda1`.
+        radius (`float`): Share of its final radius that the training attack had when the epoch began.
     """
 
     epoch: float
@@ -99,6 +101,7 @@ class Epoch:
     only_robust: float
     train_robust: float | None = None
     natural_weight: float = 0.0
+    radius: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -132,10 +135,12 @@ def at_chance(epochs: Sequence[Epoch], validation: Validation, patience: int) ->
 
     No margin for noise: collapsed models stand at or below guessing in every epoch, while one that is truly better
     falls below by chance in fewer than half of them, the same for every one of `patience` epochs. Epochs in which the
-    natural loss still has most of the weight are no sign: robust accuracy can be zero then.
+    natural loss still has most of the weight, or the attack not yet its radius, are no sign: robust accuracy can be
+    zero then.
     """
     last = epochs[-patience:]
-    stuck = [epoch.robust <= validation.guess and epoch.natural_weight <= 0.5 for epoch in last]
+    trained = [epoch.natural_weight <= 0.5 and epoch.radius == 1 for epoch in last]
+    stuck = [epoch.robust <= validation.guess and so for epoch, so in zip(last, trained, strict=True)]
     return len(last) == patience and all(stuck)
 
 
@@ -185,7 +190,7 @@ def epochs_of(history: Sequence[dict[str, Any]]) -> list[Epoch]:
     """The epochs that a training log, `state.log_history`, tells of."""
     epochs: list[Epoch] = []
     seen: dict[str, Any] = {}
-    weight = 0.0
+    weight, radius = 0.0, 0.0 if any("eps_share" in entry for entry in history) else 1.0
     for entry in history:
         seen.update(entry)
         if _EPOCH_ENDS in entry and "eval_largest_share" in seen:
@@ -198,10 +203,11 @@ def epochs_of(history: Sequence[dict[str, Any]]) -> list[Epoch]:
                     only_robust=seen["eval_only_robust"],
                     train_robust=seen.get("train_robust_accuracy"),
                     natural_weight=weight,
+                    radius=radius,
                 )
             )
         # What is logged at the end of an epoch is in force in the next one.
-        weight = entry.get("lambda1", weight)
+        weight, radius = entry.get("lambda1", weight), entry.get("eps_share", radius)
     return epochs
 
 

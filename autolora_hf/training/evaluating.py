@@ -52,6 +52,11 @@ class EvaluatingTrainer(StreamingTrainer, PublishingTrainer):
         """Whether the loss scalars are there and not fixed, so that an accuracy has to be measured for them."""
         return self.objective.uses_scalars and self.args.loss_scalars is None
 
+    def shown_scalars(self) -> dict[str, float]:
+        """The loss scalars that the objective has, as they are now."""
+        scalars = self.lr_scheduler.scalars._asdict()
+        return {name: scalars[name] for name in self.objective.scalars}
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._evaluated = 0
         # What is evaluated is what the main process saves.
@@ -101,10 +106,9 @@ class EvaluatingTrainer(StreamingTrainer, PublishingTrainer):
         # The rule looks for growth.
         metric = metric if self.args.greater_is_better else -metric
         halved = self.lr_scheduler.end_epoch(metric, accuracy, metrics.get("eval_natural_accuracy"))
-        scalars = self.lr_scheduler.scalars
         logs = {"next_learning_rate": self.lr_scheduler.get_last_lr()[0], "reload": int(halved)}
         if self.objective.uses_scalars:
-            logs = {**scalars._asdict(), **logs}
+            logs = {**self.shown_scalars(), **logs}
         if accuracy is not None:
             logs = {"train_natural_route_accuracy": accuracy, **logs}
         if self.args.eps_schedule != "constant":

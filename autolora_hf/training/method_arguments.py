@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from ..initializers import INITIALIZERS, Initializer
 from ..objectives import OBJECTIVES, Objective
 from ..options import json_object, with_options
 from ..postprocessing import FINISHERS, Finisher
-from ..schedules import SCHEDULES, EpsilonSchedule, milestones
+from ..schedules import SCHEDULES, EpsilonSchedule, default_checkpoints, milestones
 from .averaging import AVERAGES
 
 
@@ -116,6 +117,7 @@ class MethodArguments:
             if getattr(self, name) == "none" and getattr(self, f"{name}_kwargs"):
                 raise ValueError(f"`{name}_kwargs` are given, but `{name}` is 'none'.")
         self.new_objective(), self.new_initializer(), self.new_finisher(), self.new_epsilon_schedule(1)
+        self._refuse_without_effect()
         if self.milestones is not None:
             milestones(self.milestones)
         if self.loss_scalars is not None and (
@@ -139,6 +141,55 @@ class MethodArguments:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
         if not 0 < self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be between 0 and 1, got {self.ema_decay}.")
+
+    def _refuse_without_effect(self) -> None:
+        """Raises `ValueError` for an option that the rest of the method does not look at: its user would think that it
+        was tried."""
+        objective = self.new_objective()
+        schedule = self.schedule or objective.schedule
+        conditions = {
+            ("scalar_alpha", "scalar_lambda2_max", "scalar_accuracy", "scalar_images", "loss_scalars"): (
+                objective.uses_scalars,
+                f"`objective={self.objective!r}` has no such scalars",
+            ),
+            ("scalar_images",): (self.loss_scalars is None, "`loss_scalars` are fixed"),
+            ("eps_schedule",): (objective.needs_adversarial, f"`objective={self.objective!r}` has no training attack"),
+            ("milestones",): (schedule == "milestones", f"the schedule is {schedule!r}"),
+            ("halving_rule", "halving_interval"): (schedule == "plateau", f"the schedule is {schedule!r}"),
+            ("ema_decay",): (self.average_weights == "ema", f"`average_weights` is {self.average_weights!r}"),
+        }
+        defaults = {entry.name: entry.default for entry in fields(MethodArguments)}
+        for names, (has_effect, why) in conditions.items():
+            for name in names:
+                if not has_effect and getattr(self, name) != defaults[name]:
+                    raise ValueError(f"`{name}={getattr(self, name)!r}` would have no effect: {why}. Leave it out.")
+
+    def method_plan(self, epochs: int) -> dict[str, Any]:
+        """What was chosen or resolved of the method, for the training plan; `None` where there is no such thing."""
+        objective = self.new_objective()
+        schedule = self.schedule or objective.schedule
+        automatic = objective.uses_scalars and self.loss_scalars is None
+        plateau = schedule == "plateau"
+        return {
+            "objective_options": dict(self.objective_kwargs or {}),
+            "init": self.init,
+            "init_options": dict(self.init_kwargs or {}),
+            "schedule": schedule,
+            "milestones": list(self.milestones or objective.milestones) if schedule == "milestones" else None,
+            "halving_rule": self.halving_rule if plateau else None,
+            "halving_checkpoints": default_checkpoints(epochs, self.halving_interval) if plateau else None,
+            "loss_scalars": self.loss_scalars,
+            "scalar_accuracy": self.scalar_accuracy if automatic else None,
+            "scalar_images": self.scalar_images,
+            "scalar_alpha": self.scalar_alpha if automatic else None,
+            "scalar_lambda2_max": self.scalar_lambda2_max if automatic else None,
+            "eps_schedule": self.eps_schedule,
+            "eps_hinges": self.eps_hinges,
+            "average_weights": self.average_weights,
+            "ema_decay": self.ema_decay if self.average_weights == "ema" else None,
+            "finish": self.finish,
+            "finish_options": dict(self.finish_kwargs or {}),
+        }
 
     def new_objective(self) -> Objective:
         """The objective with its options."""

@@ -50,6 +50,7 @@ class AutoLoraScheduler(LRScheduler):
         self.epsilon = epsilon or EpsilonSchedule(1)
         self.min_learning_rate = min_learning_rate
         self.factor = 1.0
+        self.epochs = 0
         self.training_accuracy: float | None = None
         self.reload_due = False
         # Optimizer steps that `StepGuard` skipped, here because this state is saved with a checkpoint.
@@ -87,7 +88,8 @@ class AutoLoraScheduler(LRScheduler):
         """
         self.training_accuracy = training_accuracy
         # While the radius rises, robust accuracy says nothing about a plateau.
-        rising = self.epsilon.share(len(self.epsilon.history)) < 1
+        rising = self.epsilon.share(self.epochs) < 1
+        self.epochs += 1
         if natural_accuracy is not None:
             self.epsilon.end_epoch(natural_accuracy)
         self.reload_due = self.halving is not None and self.halving.update(selection_metric, hold=rising) > 0

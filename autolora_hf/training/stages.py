@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +14,8 @@ from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from ..files import write_json
 from ..postprocessing.base import Batches, Finished
-from .checkpoints import checkpoints
+from .checkpoints import last_whole_checkpoint
+from .method_arguments import MethodArguments
 from .progress import EpochTableCallback
 
 
@@ -28,13 +28,17 @@ logger = logging.getLogger(__name__)
 FOLDER = "initialization"
 
 
-def run_initializer(trainer: AutoLoraTrainer, resume: str | os.PathLike | bool | None) -> None:
-    """Runs what `args.init` names, unless the training itself goes on from a checkpoint.
+def run_initializer(trainer: AutoLoraTrainer, resume: bool = False) -> None:
+    """Runs what `args.init` names, before a training that starts at its beginning.
 
     A stage of training is a training of its own, in a folder inside the output folder, with the same data and seed.
+
+    Args:
+        trainer (`AutoLoraTrainer`): The training that it is for.
+        resume (`bool`): A stage goes on from its own last checkpoint, if there is one.
     """
     args = trainer.args
-    if args.init == "none" or (resume and (resume is not True or checkpoints(args.output_dir))):
+    if args.init == "none":
         return
     initializer = args.new_initializer()
     initializer(trainer.model)
@@ -42,31 +46,17 @@ def run_initializer(trainer: AutoLoraTrainer, resume: str | os.PathLike | bool |
     if changes is not None:
         folder = Path(args.output_dir) / FOLDER
         logger.info("Initialisation: %s, in %s.", args.init, folder)
-        _train_stage(trainer, folder, changes, resume is True)
+        _train_stage(trainer, folder, changes, resume)
     # The training draws the same numbers whether a stage has gone before, went on or was done.
     set_seed(args.seed)
 
 
 def _train_stage(trainer: AutoLoraTrainer, folder: Path, changes: dict, resume: bool) -> None:
     args = trainer.args
-    changes = {
-        "objective_kwargs": None,
-        "metric_for_best_model": None,
-        "greater_is_better": None,
-        "optim_args": None,
-        "milestones": None,
-        "init": "none",
-        "init_kwargs": None,
-        "finish": "none",
-        "finish_kwargs": None,
-        "average_weights": "none",
-        "eps_schedule": "constant",
-        "eps_hinges": None,
-        "loss_scalars": None,
-        "push_to_hub": False,
-        "report_to": "none",
-        **changes,
-    }
+    # It is a method of its own.
+    defaults = {entry.name: entry.default for entry in dataclasses.fields(MethodArguments)}
+    chosen_by_method = {"metric_for_best_model": None, "greater_is_better": None, "optim_args": None}
+    changes = {**defaults, **chosen_by_method, "push_to_hub": False, "report_to": "none", **changes}
     # Data that were held out stay where they are, as they were found fit.
     stage_args = dataclasses.replace(args, output_dir=str(folder), **changes)
     quiet = not any(isinstance(callback, ProgressCallback) for callback in trainer.callback_handler.callbacks)
@@ -74,7 +64,7 @@ def _train_stage(trainer: AutoLoraTrainer, folder: Path, changes: dict, resume: 
     if quiet:
         for callback in (EpochTableCallback, PrinterCallback):
             stage.remove_callback(callback)
-    stage.train(resume_from_checkpoint=resume and bool(checkpoints(folder)))
+    stage.train(resume_from_checkpoint=resume and last_whole_checkpoint(folder) is not None)
     stage.accelerator.free_memory()
     # Both belong to the training again.
     trainer.model.training_plan = trainer.plan

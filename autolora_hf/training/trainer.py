@@ -28,7 +28,6 @@ from ..schedules import (
     PlateauHalving,
     constant,
     cosine,
-    default_checkpoints,
     default_epochs,
     milestones,
 )
@@ -107,10 +106,11 @@ class AutoLoraTrainer(EvaluatingTrainer):
             )
         model.threat_model = args.threat_model
         args.resolve_optimizer(model.autolora_config.mode)
-        args.create_output_dir()
         self.objective = args.new_objective()
         self.objective.prepare(model, args.seed)
         model.limit_training(self.objective.routes, heads_only=self.objective.heads_only)
+        args.new_finisher().prepare(model)
+        args.create_output_dir()
         train, validation = self._prepare_data(model, args, train_dataset, eval_dataset)
         self.plan = self._make_plan(args, train, validation, eval_dataset is None) | self.objective.describe()
         model.training_plan = self.plan
@@ -182,9 +182,6 @@ class AutoLoraTrainer(EvaluatingTrainer):
         epochs = math.ceil(args.num_train_epochs)
         return {
             "objective": args.objective,
-            "objective_options": dict(args.objective_kwargs or {}),
-            "init": args.init,
-            "init_options": dict(args.init_kwargs or {}),
             "threat_model": str(args.threat_model),
             "training_data": describe_data(train),
             "training_images": len(train),
@@ -197,14 +194,9 @@ class AutoLoraTrainer(EvaluatingTrainer):
             "epochs": epochs,
             "optimizer": args.optim.value,
             "learning_rate": args.learning_rate,
-            "schedule": args.schedule or objective.schedule,
-            "eps_schedule": args.eps_schedule,
-            "average_weights": args.average_weights,
-            "finish": args.finish,
-            "scalar_accuracy": args.scalar_accuracy,
-            "loss_scalars": args.loss_scalars,
-            "halving_rule": args.halving_rule,
-            "halving_checkpoints": default_checkpoints(epochs, args.halving_interval),
+            "weight_decay": args.weight_decay,
+            "attack_steps": args.attack_steps,
+            **args.method_plan(epochs),
         }
 
     # ---- optimisation ----
@@ -325,12 +317,18 @@ class AutoLoraTrainer(EvaluatingTrainer):
         What `init` names runs first, unless there is a checkpoint of the training itself, and what `finish` names
         last. With `resume_from_checkpoint=True` a stage of the initialiser goes on from its own checkpoints.
         """
-        run_initializer(self, resume_from_checkpoint)
-        output = super().train(resume_from_checkpoint, **kwargs)
+        checkpoint = self._find_checkpoint(resume_from_checkpoint)
+        if checkpoint is None:
+            run_initializer(self, resume=resume_from_checkpoint is True)
+        output = super().train(checkpoint, **kwargs)
+        self._average.settle()
         run_finisher(self)
         return output
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self._average.begins_after(self.state.best_global_step, self.state.max_steps):
+            # The best weights until now are no average.
+            self.state.best_metric = None
         # What is validated, selected and saved is what would be deployed.
         with self._average.in_place():
             super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -377,9 +375,9 @@ class _AutoLoraCallback(TrainerCallback):
         if self.trainer.measures_scalars and scheduler.training_accuracy is None:
             scheduler.training_accuracy = self.trainer.natural_training_accuracy()
             accuracy = scheduler.training_accuracy
-            self.trainer.log({"train_natural_route_accuracy": accuracy, **scheduler.scalars._asdict()})
+            self.trainer.log({"train_natural_route_accuracy": accuracy, **self.trainer.shown_scalars()})
         elif self.trainer.objective.uses_scalars and state.global_step == 0:
-            self.trainer.log(scheduler.scalars._asdict())
+            self.trainer.log(self.trainer.shown_scalars())
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Only now is the checkpoint of the last epoch, which may be the best one, complete.
