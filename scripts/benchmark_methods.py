@@ -3,9 +3,10 @@
 The robust backbone that ships is fine-tuned on 950 digits (8 epochs, PGD-5 in training, Linf 0.1) by each system in
 `GROUPS`, three seeds each. All share data, epochs, batch size, learning rate at the start (0.01, adapters 0.005),
 attack, and the choice of the weights by robust validation accuracy; each has its own published loss weights and shape
-of the learning rate, and nothing was tuned on this task, for any of them. Measured are natural accuracy and PGD-20 on the 1,000 test digits, and AutoAttack (standard;
-images that PGD-10 breaks are not attacked again) on 40 of them, the same for all. Writes docs/methods_benchmark.json
-after every run, so that it can be stopped and started again, and docs/methods_benchmark.md.
+of the learning rate, and nothing was tuned on this task, for any of them. Measured are natural accuracy and PGD-20 on
+the 1,000 test digits, and AutoAttack (standard; images that PGD-10 breaks are not attacked again) on 40 of them, the
+same for all. Writes docs/methods_benchmark.json after every run, so that it can be stopped and started again, and
+docs/methods_benchmark.md.
 
     python scripts/benchmark_methods.py                       # everything, with one process for each core
     python scripts/benchmark_methods.py --only autolora trades
@@ -218,8 +219,8 @@ def render(rows: list[dict[str, Any]]) -> str:
         f"{', '.join(map(str, seeds))}. The shipped backbone, adversarially trained on Fashion-MNIST, becomes a "
         "classifier of digits: 950 training digits, 50 for validation, 8 epochs, batches of 32, PGD-5 in training, "
         "Linf 0.1. Every system has its published loss weights and shape of the learning rate, and starts at the "
-        "package's 0.01 (adapters: 0.005); nothing was tuned here, for any of them. (TWINS' own 0.003 is too low for 240 "
-        "steps: at 0.003 neither TWINS nor PGD-AT becomes robust here. Linear probes have hardly converged at 0.01.)",
+        "package's 0.01 (adapters: 0.005); nothing was tuned here, for any of them. (TWINS' own 0.003 is too low for "
+        "240 steps: at 0.003 neither TWINS nor PGD-AT becomes robust here. Linear probes have hardly converged at 0.01.)",
         "Natural accuracy and PGD-20 are of the 1,000 test digits: mean over the seeds [lowest, highest], per cent. "
         f"AutoAttack (standard) is of the same {attacked} test digits for every system and seed; its interval is "
         "Clopper-Pearson's of the verdicts of all seeds together. They are not independent, so it is rather narrow "
