@@ -220,7 +220,7 @@ def render(rows: list[dict[str, Any]]) -> str:
         "classifier of digits: 950 training digits, 50 for validation, 8 epochs, batches of 32, PGD-5 in training, "
         "Linf 0.1. Every system has its published loss weights and shape of the learning rate, and starts at the "
         "package's 0.01 (adapters: 0.005); nothing was tuned here, for any of them. (TWINS' own 0.003 is too low for "
-        "240 steps: at 0.003 neither TWINS nor PGD-AT becomes robust here. Linear probes have hardly converged at 0.01.)",
+        "240 steps: at 0.003 neither TWINS nor PGD-AT becomes robust. Linear probes have hardly converged at 0.01.)",
         "Natural accuracy and PGD-20 are of the 1,000 test digits: mean over the seeds [lowest, highest], per cent. "
         f"AutoAttack (standard) is of the same {attacked} test digits for every system and seed; its interval is "
         "Clopper-Pearson's of the verdicts of all seeds together. They are not independent, so it is rather narrow "
