@@ -52,12 +52,19 @@ PEFTS = [kind for kind, config in KINDS.items() if BRANCHES[config.get("branch",
 LAST_CONVOLUTIONS = {"timm_resnet": ["conv2"], "hf_resnet": ["layer.1.convolution"]}
 LINEAR_ONLY = ("gated foura", "oft", "oft, shared", "miss", "road")
 
-VARIANTS = [
+FITTING = [
     (kind, name, mode)
     for kind in KINDS
     for name in MODELS
     for mode in MODES
     if not (kind in LINEAR_ONLY and "resnet" in name)
+]
+# PEFT's layers are tried on one model of each library in every run, on the others among the slow tests.
+VARIANTS = [
+    pytest.param(
+        *variant, marks=pytest.mark.slow if variant[0] in PEFTS and variant[1] in ("timm_vit", "hf_resnet") else ()
+    )
+    for variant in FITTING
 ]
 
 
@@ -188,7 +195,7 @@ def test_round_trip(tmp_path, kind, name, mode):
     assert same(logits(other), expected)
 
 
-@pytest.mark.parametrize(("kind", "name", "mode"), [variant for variant in VARIANTS if variant[0] in PEFTS])
+@pytest.mark.parametrize(("kind", "name", "mode"), [variant for variant in FITTING if variant[0] in PEFTS])
 def test_stock_peft_loads_the_adapter(tmp_path, kind, name, mode):
     """In mode `adapter` the robust one, in mode `full` the natural one on the model beside it."""
     model, base = changed(kind, name, mode), MODELS[name].fresh()
