@@ -241,7 +241,7 @@ def render(rows: list[dict[str, Any]]) -> str:
         "Natural accuracy and PGD-20 are of the 1,000 test digits: mean over the seeds [lowest, highest], per cent. "
         f"AutoAttack (standard) is of the same {attacked} test digits for every system and seed; its interval is "
         "Clopper-Pearson's of the verdicts of all seeds together. They are not independent, so it is narrow "
-        f'than too wide. Time is the CPU time of the training, {seconds} being 1. "Trained" counts parameters that '
+        f'rather than wide. Time is the CPU time of the training, {seconds} being 1. "Trained" counts parameters that '
         'get a gradient, "published" the values of the deployed route that training changes.',
         "Under each table stand the options that make a system; data, eps, epochs, batch size and attack steps of the "
         "script come on top of them.",
