@@ -17,6 +17,7 @@ from ..attacks import PGD
 from ..attacks.pgd import attack_mode, hits
 from ..modeling import AutoLoraModel
 from ..routes import ROBUST
+from ..schedules import cosine
 from .base import Finished, Finisher
 
 
@@ -71,10 +72,10 @@ class RiFT(Finisher):
         criticality = self.criticality(finished, modules)
         name = min(criticality, key=criticality.__getitem__)
         parameters = modules[name]
-        before = {key: parameter.detach().clone() for key, parameter in parameters.items()}
+        before = _copied(parameters)
         robust, natural = accuracies(model, finished.validation, finished.attack)
         self._fine_tune(finished, parameters)
-        after = {key: parameter.detach().clone() for key, parameter in parameters.items()}
+        after = _copied(parameters)
         best, best_natural = 0.0, natural
         for point in range(self.points, 0, -1):
             share = point / self.points
@@ -119,12 +120,12 @@ class RiFT(Finisher):
         base = self._loss(model, batches)
         found = {}
         for name, parameters in modules.items():
-            before = {key: parameter.detach().clone() for key, parameter in parameters.items()}
-            size = math.sqrt(sum(value.double().square().sum().item() for value in before.values()))
+            before = _copied(parameters)
+            size = _length(before.values())
             highest = base
             for _ in range(self.steps):
                 gradients = self._gradients(model, batches, parameters)
-                length = math.sqrt(sum(value.double().square().sum().item() for value in gradients))
+                length = _length(gradients)
                 if not 0 < length < math.inf:
                     break
                 with torch.no_grad():
@@ -164,10 +165,11 @@ class RiFT(Finisher):
     def _fine_tune(self, finished: Finished, parameters: dict[str, nn.Parameter]) -> None:
         model = finished.model
         epochs = max(1, round(finished.epochs / 6 if self.epochs is None else self.epochs))
+        curve = cosine()
         optimizer = torch.optim.SGD(parameters.values(), lr=self.learning_rate, momentum=0.9)
         for epoch in range(epochs):
             for group in optimizer.param_groups:
-                group["lr"] = self.learning_rate * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+                group["lr"] = self.learning_rate * curve(epoch / epochs)
             for pixels, labels in finished.train():
                 with attack_mode(model), torch.enable_grad():
                     for parameter in parameters.values():
@@ -211,6 +213,15 @@ def accuracies(model: AutoLoraModel, batches: Any, attack: PGD) -> tuple[float, 
     return robust / total, natural / total
 
 
+def _copied(parameters: dict[str, nn.Parameter]) -> Tensors:
+    return {key: parameter.detach().clone() for key, parameter in parameters.items()}
+
+
+def _length(tensors: Iterable[Tensor]) -> float:
+    """Euclidean length of all of them together."""
+    return math.sqrt(sum(tensor.double().square().sum().item() for tensor in tensors))
+
+
 @torch.no_grad()
 def _set_between(parameters: dict[str, nn.Parameter], before: Tensors, after: Tensors, share: float) -> None:
     for key, parameter in parameters.items():
@@ -219,7 +230,6 @@ def _set_between(parameters: dict[str, nn.Parameter], before: Tensors, after: Te
 
 @torch.no_grad()
 def _project(parameters: dict[str, nn.Parameter], before: Tensors, radius: float) -> None:
-    changes: Iterable[Tensor] = [parameter - before[key] for key, parameter in parameters.items()]
-    length = math.sqrt(sum(change.double().square().sum().item() for change in changes))
+    length = _length(parameter - before[key] for key, parameter in parameters.items())
     if length > radius:
-        _set_between(parameters, before, {key: p.detach().clone() for key, p in parameters.items()}, radius / length)
+        _set_between(parameters, before, _copied(parameters), radius / length)

@@ -149,9 +149,11 @@ class AutoLoraTrainingArguments(MethodArguments, TrainingArguments):
             raise ValueError(f"`num_train_epochs` must be at least 1, got {self.num_train_epochs}.")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"`validation_fraction` must be between 0 and 1, got {self.validation_fraction}.")
-        schedule = self.schedule or OBJECTIVES[self.objective].schedule
-        if self.warmup_steps and schedule != "cosine":
-            raise ValueError(f"`warmup_steps={self.warmup_steps}` would have no effect: the schedule is {schedule!r}.")
+        if self.warmup_steps and self.learning_rate_schedule != "cosine":
+            raise ValueError(
+                f"`warmup_steps={self.warmup_steps}` would have no effect: the schedule is "
+                f"{self.learning_rate_schedule!r}."
+            )
         strategies = [getattr(value, "value", value) for value in (self.eval_strategy, self.save_strategy)]
         if strategies != ["epoch", "epoch"]:
             raise ValueError(

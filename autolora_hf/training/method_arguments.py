@@ -142,11 +142,15 @@ class MethodArguments:
         if not 0 < self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be between 0 and 1, got {self.ema_decay}.")
 
+    @property
+    def learning_rate_schedule(self) -> str:
+        """The schedule that runs: the one that was asked for, else the objective's own."""
+        return self.schedule or OBJECTIVES[self.objective].schedule
+
     def _refuse_without_effect(self) -> None:
         """Raises `ValueError` for an option that the rest of the method does not look at: its user would think that it
         was tried."""
-        objective = self.new_objective()
-        schedule = self.schedule or objective.schedule
+        objective, schedule = self.new_objective(), self.learning_rate_schedule
         conditions = {
             ("scalar_alpha", "scalar_lambda2_max", "scalar_accuracy", "scalar_images", "loss_scalars"): (
                 objective.uses_scalars,
@@ -166,8 +170,7 @@ class MethodArguments:
 
     def method_plan(self, epochs: int) -> dict[str, Any]:
         """What was chosen or resolved of the method, for the training plan; `None` where there is no such thing."""
-        objective = self.new_objective()
-        schedule = self.schedule or objective.schedule
+        objective, schedule = self.new_objective(), self.learning_rate_schedule
         automatic = objective.uses_scalars and self.loss_scalars is None
         plateau = schedule == "plateau"
         return {
