@@ -6,14 +6,18 @@ import argparse
 import math
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from peft import LoraConfig
 
 from .layers import LORA_FIELDS, BranchKind, branch_kind
 
 
-Norm = Literal["linf", "l2"]
+Norm = Literal["linf", "l2", "l1"]
+# For each norm its usual spelling, and more than the largest radius of any use. The unit square's diagonal bounds L2 by
+# sqrt(C*H*W); 16 already is twice the radius of anything published at 224 px, while 8-bit radii (e.g. 128) start there.
+# L1 goes up to 255 at 224 px (Croce and Hein, ICML 2021), and its 8-bit radii start at 12 * 255.
+_NORMS = {"linf": ("Linf", 1), "l2": ("L2", 16), "l1": ("L1", 1024)}
 
 # Fields of `AutoLoraConfig` that stock PEFT does not know. They live in `autolora_config.json`, so that
 # `adapter_config.json` stays a plain configuration of PEFT's.
@@ -43,7 +47,8 @@ class ThreatModel:
     """The set of perturbations an adversary may choose from: a norm ball around each image, cut with [0, 1].
 
     Args:
-        norm (`str`): `"linf"` (largest change of a pixel value) or `"l2"` (Euclidean length of the change).
+        norm (`str`): `"linf"` (largest change of a pixel value), `"l2"` (Euclidean length of the change) or `"l1"`
+            (sum of all changes).
         eps (`float`): Radius of the ball in units of [0, 1] pixels, so the usual "8" of 8-bit images is `8/255`.
 
     Raises:
@@ -51,12 +56,12 @@ class ThreatModel:
             message suggests the likely meaning.
     """
 
-    norm: Norm = field(default="linf", metadata={"help": "Norm of the perturbation: 'linf' or 'l2'."})
+    norm: Norm = field(default="linf", metadata={"help": "Norm of the perturbation: 'linf', 'l2' or 'l1'."})
     eps: float = field(default=8 / 255, metadata={"help": "Radius of the ball, in units of [0, 1] pixels."})
 
     def __post_init__(self) -> None:
-        if self.norm not in ("linf", "l2"):
-            raise ValueError(f"`norm` must be 'linf' or 'l2', got {self.norm!r}.")
+        if self.norm not in get_args(Norm):
+            raise ValueError(f"`norm` must be 'linf', 'l2' or 'l1', got {self.norm!r}.")
         if isinstance(self.eps, bool) or not isinstance(self.eps, (int, float)) or not math.isfinite(self.eps):
             raise ValueError(f"`eps` must be a finite number in units of [0, 1] pixels, got {self.eps!r}.")
         if self.eps < 0:
@@ -66,9 +71,7 @@ class ThreatModel:
                 "`eps` is 0, which allows no perturbation: accuracy under it is natural accuracy, which "
                 "`evaluate_robustness` reports anyway. A common value for colour images is 8/255."
             )
-        # The unit square's diagonal bounds L2 by sqrt(C*H*W); 16 already is twice the radius of anything published
-        # at 224 px, while 8-bit radii (e.g. 128) start there.
-        limit = 1 if self.norm == "linf" else 16
+        _, limit = _NORMS[self.norm]
         if self.eps > limit:
             raise ValueError(
                 f"`eps` is {self.eps:g}, but pixels are in [0, 1] and the largest sensible {self.norm} radius is "
@@ -76,7 +79,7 @@ class ThreatModel:
             )
 
     def __str__(self) -> str:
-        name = {"linf": "Linf", "l2": "L2"}[self.norm]
+        name, _ = _NORMS[self.norm]
         scaled = self.eps * 255
         if self.norm == "linf" and abs(scaled - round(scaled)) < 1e-6:
             return f"{name}, eps = {round(scaled)}/255"

@@ -260,7 +260,7 @@ def test_a_model_of_nan_has_no_accuracy_and_is_not_the_best(tmp_path):
     assert trainer.state.best_metric == 0.5
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_in_ball(norm):
     threat_model, pixels = ThreatModel(norm, 0.25), torch.full((2, 3, 4, 4), 0.5)
     change = torch.zeros_like(pixels)

@@ -13,14 +13,16 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyautoattack.autopgd_base import L1_projection
 from torch import nn
 
 from autolora_hf.attacks import PGD, attack_mode
-from autolora_hf.attacks.pgd import random_perturbation
+from autolora_hf.attacks.pgd import Ball, random_perturbation
 from autolora_hf.config import ThreatModel
 
 
-LINF, L2 = ThreatModel("linf", 8 / 255), ThreatModel("l2", 0.5)
+LINF, L2, L1 = ThreatModel("linf", 8 / 255), ThreatModel("l2", 0.5), ThreatModel("l1", 4)
+ORDERS = {"linf": torch.inf, "l2": 2, "l1": 1}
 FOOLBOX = {"linf": foolbox.attacks.LinfPGD, "l2": foolbox.attacks.L2PGD}
 
 
@@ -158,11 +160,45 @@ def test_takes_model_outputs_with_logits():
     assert torch.equal(PGD(steps=2)(Wrapped(), pixels, labels), PGD(steps=2)(model, pixels, labels))
 
 
+@pytest.mark.parametrize("eps", [0.5, 4.0, 30.0, 500.0])
+def test_l1_projection_agrees_with_autoattack(eps):
+    pixels, _ = make_batch(n=20)
+    images = pixels + torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
+    change = images - pixels
+    expected = images + L1_projection(pixels, change, eps)
+    torch.testing.assert_close(Ball(pixels, ThreatModel("l1", eps)).project(images), expected, rtol=0, atol=5e-5)
+
+
+def test_l1_step_goes_to_the_largest_gradients_that_can_move():
+    pixels = torch.full((1, 3, 20, 10), 0.5)
+    pixels[0, 0, 0, :2] = 1
+    gradient = torch.linspace(0.1, -0.2, 600).view(1, 3, 20, 10).clone()
+    gradient[0, 0, 0, :4] = torch.tensor([9, -8, 7, 6])  # the first cannot grow
+    moved = Ball(pixels, ThreatModel("l1", 4)).ascend(pixels, gradient, 0.3) - pixels
+    assert moved.abs().sum().item() == pytest.approx(0.3)
+    torch.testing.assert_close(moved[0, 0, 0, :4], torch.tensor([0, -0.1, 0.1, 0.1]))
+
+
+def test_l1_attack_nears_the_optimum_of_a_linear_model():
+    """The best change of a linear model spends all of eps on the largest weights that [0, 1] lets move."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(1200, 2, bias=False))
+    with torch.no_grad():
+        model[1].weight[0] = torch.linspace(-1, 1, 1200)
+        model[1].weight[1] = 0
+    pixels = torch.full((1, 3, 20, 20), 0.5)
+    adversarial = PGD(ThreatModel("l1", 4), steps=20)(model, pixels, torch.tensor([0]))
+    gained = -((adversarial - pixels).flatten() * model[1].weight[0]).sum().item()
+    best = 0.5 * model[1].weight[0].abs().topk(8).values.sum().item()
+    assert 0.9 * best < gained <= best * (1 + 1e-5)
+
+
 # --- Restarts and randomness -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss", ["ce", "kl", "targeted"])
-@pytest.mark.parametrize("threat_model", [ThreatModel("linf", 0.05), ThreatModel("l2", 0.3)], ids=str)
+@pytest.mark.parametrize(
+    "threat_model", [ThreatModel("linf", 0.05), ThreatModel("l2", 0.3), ThreatModel("l1", 3)], ids=str
+)
 def test_restarts_are_never_weaker(loss, threat_model):
     model, (pixels, labels) = make_model(), make_batch(n=64)
     attack = PGD(threat_model, steps=2, loss=loss)
@@ -202,15 +238,12 @@ def test_equal_generators_give_equal_images():
     assert not torch.equal(second, first)
 
 
-@pytest.mark.parametrize("threat_model", [LINF, L2], ids=str)
+@pytest.mark.parametrize("threat_model", [LINF, L2, L1], ids=str)
 def test_random_start_is_uniform_in_the_ball(threat_model):
     pixels = torch.full((4000, 1, 1, 3), 0.5, dtype=torch.float64)
     noise = random_perturbation(pixels, threat_model, torch.Generator().manual_seed(0)).flatten(1) / threat_model.eps
     assert noise.mean(0).abs().max() < 0.05
-    if threat_model.norm == "linf":
-        radii, dimension = noise.abs().amax(1), 3
-    else:
-        radii, dimension = noise.norm(dim=1), 3
+    radii, dimension = torch.linalg.vector_norm(noise, ORDERS[threat_model.norm], dim=1), 3
     assert radii.max() <= 1
     # A share r^d of a d-dimensional ball lies within r of its centre.
     for radius in (0.3, 0.6, 0.9):
@@ -222,7 +255,7 @@ def test_random_start_is_uniform_in_the_ball(threat_model):
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    norm=st.sampled_from(["linf", "l2"]),
+    norm=st.sampled_from(["linf", "l2", "l1"]),
     eps=st.floats(1e-3, 1.0),
     step=st.floats(1e-4, 0.9),
     steps=st.integers(1, 4),
@@ -244,16 +277,16 @@ def test_never_leaves_the_ball_or_the_pixel_range(norm, eps, step, steps, random
     assert adversarial.min() >= 0
     assert adversarial.max() <= 1
     change = (adversarial - pixels).flatten(1)
-    length = change.abs().amax(1) if norm == "linf" else change.norm(dim=1)
-    assert (length <= eps * (1 + 1e-5) + 1e-7).all()
+    length = torch.linalg.vector_norm(change, ORDERS[norm], dim=1)
+    assert (length <= eps * (1 + 1e-5) + 1e-6).all()
 
 
-@pytest.mark.parametrize("threat_model", [LINF, L2], ids=str)
+@pytest.mark.parametrize("threat_model", [LINF, L2, L1], ids=str)
 def test_a_start_outside_the_ball_is_projected(threat_model):
     model, (pixels, labels) = make_model(), make_batch()
     change = (PGD(threat_model, steps=1)(model, pixels, labels, start=1 - pixels) - pixels).flatten(1)
-    length = change.abs().amax(1) if threat_model.norm == "linf" else change.norm(dim=1)
-    assert (length <= threat_model.eps + 1e-6).all()
+    length = torch.linalg.vector_norm(change, ORDERS[threat_model.norm], dim=1)
+    assert (length <= threat_model.eps * (1 + 1e-5)).all()
 
 
 @pytest.mark.parametrize("threat_model", [LINF, L2], ids=str)

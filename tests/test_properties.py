@@ -44,7 +44,7 @@ class Small(nn.Module):
 
 @many
 @given(
-    norm=st.sampled_from(["linf", "l2"]),
+    norm=st.sampled_from(["linf", "l2", "l1"]),
     eps=st.floats(1e-4, 1.0),
     step=st.one_of(st.none(), st.floats(1e-5, 0.9)),
     steps=st.integers(1, 3),
@@ -72,7 +72,7 @@ def test_attacks(norm, eps, step, steps, loss, restarts, dtype, shape, seed):
     assert not adversarial.requires_grad and adversarial.isfinite().all()
     assert 0 <= adversarial.min() and adversarial.max() <= 1
     change = (adversarial.double() - pixels.double()).flatten(1)
-    length = change.abs().amax(1) if norm == "linf" else change.norm(dim=1)
+    length = torch.linalg.vector_norm(change, {"linf": torch.inf, "l2": 2, "l1": 1}[norm], dim=1)
     assert (length <= eps * (1 + 1e-5) + 1e-7).all()
 
     assert torch.equal(attack(model, pixels, labels), adversarial)

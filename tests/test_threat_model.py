@@ -18,6 +18,8 @@ from autolora_hf.config import PixelRadius, ThreatModel
         ("l2", 16.5, "largest sensible l2 radius is 16"),
         ("l2", -0.5, "Did you mean 0.5"),
         ("l2", 0.0, "natural accuracy"),
+        ("l1", 12 * 255, "3060/255 = 12"),
+        ("l1", 1025, "largest sensible l1 radius is 1024"),
     ],
 )
 def test_unlikely_radius_is_refused_with_the_likely_meaning(norm, eps, hint):
@@ -34,13 +36,15 @@ def test_radius_must_be_a_finite_number(eps):
     assert repr(eps) in str(error.value)
 
 
-@pytest.mark.parametrize("norm", ["Linf", "l1", 2, None])
+@pytest.mark.parametrize("norm", ["Linf", "l0", 1, None])
 def test_unknown_norm_is_refused(norm):
-    with pytest.raises(ValueError, match="`norm` must be 'linf' or 'l2'"):
+    with pytest.raises(ValueError, match="`norm` must be 'linf', 'l2' or 'l1'"):
         ThreatModel(norm, 0.1)
 
 
-@pytest.mark.parametrize(("norm", "eps"), [("linf", 1 / 255), ("linf", 1), ("l2", 0.5), ("l2", 3.0), ("l2", 16)])
+@pytest.mark.parametrize(
+    ("norm", "eps"), [("linf", 1 / 255), ("linf", 1), ("l2", 0.5), ("l2", 3.0), ("l2", 16), ("l1", 12), ("l1", 255)]
+)
 def test_plausible_radius_is_accepted(norm, eps):
     assert ThreatModel(norm, eps).eps == eps
 
@@ -55,6 +59,7 @@ def test_default_is_the_common_one():
         (ThreatModel("linf", 8 / 255), "Linf, eps = 8/255"),
         (ThreatModel("linf", 0.1), "Linf, eps = 0.1"),
         (ThreatModel("l2", 0.5), "L2, eps = 0.5"),
+        (ThreatModel("l1", 12), "L1, eps = 12"),
     ],
 )
 def test_text_form(threat_model, text):

@@ -18,6 +18,8 @@ from ..pixels import check_pixels
 AttackLoss = Literal["ce", "kl", "targeted", "l2", "cosine"]
 # They move away from where the output is without an attack: there their gradient is zero.
 _FROM_CLEAN = ("kl", "l2", "cosine")
+# Halvings of the range of an L1 projection's threshold, to about what float32 tells apart.
+_BISECTIONS = 24
 # Losses of outputs that are no logits of labels.
 _WITHOUT_LABELS = ("l2", "cosine")
 
@@ -68,7 +70,8 @@ class PGD:
     eval mode and left exactly as it was: weights, buffers, gradients, training flags and the global random state.
 
     Args:
-        threat_model (`ThreatModel`): Norm and radius of the ball, in [0, 1] pixels.
+        threat_model (`ThreatModel`): Norm and radius of the ball, in [0, 1] pixels. In L1 PGD is much weaker than
+            AutoAttack, whatever its steps (Croce and Hein, ICML 2021).
         steps (`int`): Number of gradient steps. 10 is the training attack of AutoLoRa.
         step_size (`float`, *optional*): Length of a step in [0, 1] pixels. `None`: a quarter of `eps`, which is the
             paper's 2/255 at 8/255.
@@ -263,9 +266,14 @@ def random_perturbation(pixels: Tensor, threat_model: ThreatModel, generator: to
     if threat_model.norm == "linf":
         noise = torch.empty_like(pixels).uniform_(-1, 1, generator=generator)
         return noise.mul_(threat_model.eps)
-    # Uniform in an L2 ball of dimension d: a uniform direction times a radius u^(1/d).
-    direction = torch.empty_like(pixels).normal_(generator=generator)
-    direction = direction / l2_norms(direction)
+    # Uniform in an L2 or L1 ball of dimension d: a uniform point of its surface times a radius u^(1/d).
+    if threat_model.norm == "l2":
+        direction = torch.empty_like(pixels).normal_(generator=generator)
+        direction = direction / l2_norms(direction)
+    else:
+        direction = torch.empty_like(pixels).exponential_(generator=generator)
+        direction = direction / direction.flatten(1).sum(1).view(-1, 1, 1, 1)
+        direction = direction * torch.empty_like(pixels).uniform_(-1, 1, generator=generator).sign()
     radius = torch.empty_like(pixels[:, :1, :1, :1]).uniform_(0, 1, generator=generator)
     return direction * radius.pow(1 / pixels[0].numel()) * threat_model.eps
 
@@ -281,18 +289,54 @@ class Ball:
             self._high = (pixels + threat_model.eps).clamp_(0, 1)
 
     def ascend(self, images: Tensor, gradient: Tensor, step_size: float) -> Tensor:
-        """One steepest-ascent step of length `step_size` in the norm of the threat model, projected."""
+        """One steepest-ascent step of length `step_size` in the norm of the threat model, projected.
+
+        In L1 the step goes to the 0.5 % of the pixel values with the largest gradients, as in SLIDE (Tramer and
+        Boneh, NeurIPS 2019), among those that [0, 1] still lets move (Croce and Hein, ICML 2021).
+        """
         if self.threat_model.norm == "linf":
             return self.project(images + step_size * gradient.sign())
-        return self.project(images + step_size * gradient / l2_norms(gradient))
+        if self.threat_model.norm == "l2":
+            return self.project(images + step_size * gradient / l2_norms(gradient))
+        is_stuck = ((images <= 0) & (gradient < 0)) | ((images >= 1) & (gradient > 0))
+        gains = torch.where(is_stuck, 0, gradient).flatten(1)
+        count = max(1, gains.shape[1] // 200)
+        largest = gains.abs().topk(count, dim=1).indices
+        step = torch.zeros_like(gains).scatter_(1, largest, gains.gather(1, largest).sign())
+        return self.project(images + (step_size / count) * step.view_as(images))
 
     def project(self, images: Tensor) -> Tensor:
-        """Projects onto the ball, then onto [0, 1]; the second step never leaves the ball."""
+        """Projects onto the ball and [0, 1]; where one after the other, the second step never leaves the ball."""
         if self.threat_model.norm == "linf":
             return images.clamp(self._low, self._high)
         change = images - self.pixels
+        if self.threat_model.norm == "l1":
+            return self._project_l1(change)
         images = self.pixels + change * (self.threat_model.eps / l2_norms(change)).clamp(max=1)
         return images.clamp_(0, 1)
+
+    def _project_l1(self, change: Tensor) -> Tensor:
+        """The nearest point of what the L1 ball and [0, 1] have in common (Croce and Hein, ICML 2021, Prop. 2.1).
+
+        It is the change with every absolute value lowered by one threshold, cut with [0, 1]; the threshold is found by
+        bisection.
+        """
+        size, sign = change.abs(), change.sign()
+        low = torch.zeros_like(change[:, :1, :1, :1])
+        high = size.amax((1, 2, 3), keepdim=True)
+
+        def lowered(threshold: Tensor) -> Tensor:
+            return (self.pixels + sign * (size - threshold).clamp(min=0)).clamp(0, 1)
+
+        def is_inside(images: Tensor) -> Tensor:
+            return (images - self.pixels).abs().sum((1, 2, 3), keepdim=True) <= self.threat_model.eps
+
+        best = torch.where(is_inside(lowered(low)), low, high)
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            inside = is_inside(lowered(middle))
+            low, high = torch.where(inside, low, middle), torch.where(inside, middle, high)
+        return lowered(torch.minimum(best, high))
 
 
 def l2_norms(tensor: Tensor) -> Tensor:

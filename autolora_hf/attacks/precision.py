@@ -16,11 +16,12 @@ def bf16_keeps_strength(threat_model: ThreatModel, image_size: tuple[int, int]) 
     """Whether an attack in bfloat16 is taken to be as strong as in float32: within 0.5 % of the loss where measured.
 
     Args:
-        threat_model (`ThreatModel`): For L2 the mean change of a pixel counts, when all of them change alike.
+        threat_model (`ThreatModel`): For L2 and L1 the mean change of a pixel counts, when all of them change alike.
         image_size (`tuple[int, int]`): Height and width.
     """
     change = threat_model.eps
-    if threat_model.norm == "l2":
-        change /= math.sqrt(3 * math.prod(image_size))
+    values = 3 * math.prod(image_size)
+    if threat_model.norm != "linf":
+        change /= math.sqrt(values) if threat_model.norm == "l2" else values
     # Room for the rounding of eps = 2/255 itself.
     return change >= LEAST_CHANGE * (1 - 1e-6)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from typing import get_args
 
 import torch
 from accelerate import PartialState
 
 from ..attacks import PGD
-from ..config import ThreatModel, radius_argument
+from ..config import Norm, ThreatModel, radius_argument
 from ..data import as_pixel_dataset, check_class_names
 from ..evaluation import RobustnessReport, evaluate_robustness
 from ..evaluation.robustness import FIRST_PASS
@@ -40,7 +41,7 @@ def run(argv: list[str]) -> None:
         help="find the images that are easily broken by PGD-10 in bfloat16 first: saves time on models that are not "
         "very robust; the others get the whole --attack, in float32",
     )
-    parser.add_argument("--norm", choices=["linf", "l2"], help="norm of the threat model; as trained when left out")
+    parser.add_argument("--norm", choices=get_args(Norm), help="norm of the threat model; as trained when left out")
     parser.add_argument("--eps", type=radius_argument, help="radius, e.g. 8/255; as trained when left out")
     parser.add_argument("--route", choices=["robust", "natural"], default="robust", help="route to measure")
     parser.add_argument("--samples", type=int, default=1000, help="images to use, chosen by seed and class")

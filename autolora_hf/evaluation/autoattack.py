@@ -41,8 +41,10 @@ class AutoAttackComponent:
 
     @property
     def target_classes(self) -> int:
-        """Number of classes that APGD-T and FAB-T aim at, one after the other."""
-        return min(9, self.num_classes - 1)
+        """Number of classes that APGD-T or FAB-T aims at, one after the other."""
+        # In L1 the standard version gives APGD-T its budget as a longer search for each of fewer classes.
+        most = 5 if self.threat_model.norm == "l1" and self.name == "APGD-T" else 9
+        return min(most, self.num_classes - 1)
 
     def __str__(self) -> str:
         if self.name.endswith("-T"):
@@ -63,7 +65,7 @@ class AutoAttackComponent:
         with attack_mode(model), isolated_random_state(self.seed), _silenced(), torch.no_grad():
             suite = load_library().AutoAttack(
                 model,
-                norm={"linf": "Linf", "l2": "L2"}[self.threat_model.norm],
+                norm={"linf": "Linf", "l2": "L2", "l1": "L1"}[self.threat_model.norm],
                 eps=self.threat_model.eps,
                 seed=self.seed,
                 version="standard",
@@ -90,7 +92,8 @@ def autoattack_components(
     | 3 | APGD-DLR in place of APGD-T, whose loss divides by a gap that involves the fourth-largest logit |
     | 2 | APGD-CE, FAB-T, Square: both DLR losses need a third logit |
 
-    FAB-T and Square use the difference of two logits, which two classes have.
+    FAB-T and Square use the difference of two logits, which two classes have. In L1 (Croce and Hein, ICML 2021) APGD-CE
+    has five restarts, and APGD-T five target classes.
 
     Args:
         threat_model (`ThreatModel`): Norm and radius of the ball.
@@ -118,10 +121,10 @@ def autoattack_components(
         else:
             names.remove("APGD-T")
         left_out["APGD-T"] = reason
-    if threat_model.norm == "l2" and not _square_l2_runs(image_size):
+    if threat_model.norm != "linf" and not _square_tiles(image_size):
         names.remove("Square")
         left_out["Square"] = (
-            f"pyautoattack's L2 version cannot tile images of {image_size[0]} x {image_size[1]} pixels"
+            f"pyautoattack's {threat_model.norm.upper()} version cannot tile images of {image_size[0]} x {image_size[1]} pixels"
         )
     return [AutoAttackComponent(name, threat_model, num_classes, seed) for name in names], left_out
 
@@ -162,8 +165,8 @@ def _silenced() -> Iterator[None]:
         logger.disabled = before
 
 
-def _square_l2_runs(image_size: tuple[int, int]) -> bool:
-    """Whether the tiles with which Square's L2 version starts fit into the image; the library fails where not."""
+def _square_tiles(image_size: tuple[int, int]) -> bool:
+    """Whether the tiles with which Square's L2 and L1 versions start fit into the image; the library fails where not."""
     tile = image_size[0] // 5
     if tile < 2:
         return tile == 1

@@ -223,10 +223,11 @@ def verified(adversarial: Any, pixels: Tensor, threat_model: ThreatModel, name: 
     adversarial = adversarial.detach().to(pixels)
     check_pixels(adversarial, name=f"images returned by {name}")
     change = (adversarial.double() - pixels.double()).flatten(1)
-    order = torch.inf if threat_model.norm == "linf" else 2
+    order = {"linf": torch.inf, "l2": 2, "l1": 1}[threat_model.norm]
     distance = torch.linalg.vector_norm(change, ord=order, dim=1).max().item()
-    # Room for the rounding errors of float32 arithmetic, no more.
-    if distance > threat_model.eps * (1 + 1e-5) + 1e-6:
+    # Room for the rounding errors of float32 arithmetic, no more; in L1 those of all pixels add up.
+    rounding = 1e-6 if threat_model.norm != "l1" else max(1e-6, change.shape[1] * 2**-24)
+    if distance > threat_model.eps * (1 + 1e-5) + rounding:
         raise ValueError(
             f"{name} left the ball: the {threat_model.norm} distance to the clean image is up to {distance:.6g}, the "
             f"threat model allows {threat_model.eps:.6g}."

@@ -27,7 +27,7 @@ class AutoLoraTrainingArguments(MethodArguments, TrainingArguments):
     every epoch, and the weights of the best robust validation accuracy at the end.
     """
 
-    threat_norm: str = field(default="linf", metadata={"help": "Norm of the threat model: 'linf' or 'l2'."})
+    threat_norm: str = field(default="linf", metadata={"help": "Norm of the threat model: 'linf', 'l2' or 'l1'."})
     eps: PixelRadius = field(
         default=PixelRadius("8/255"),
         metadata={"help": "Radius of the threat model in [0, 1] pixels; '8/255' is understood."},

@@ -207,8 +207,10 @@ def in_ball(adversarial: Tensor, pixels: Tensor, threat_model: ThreatModel) -> T
     tolerance = 2 * torch.finfo(change.dtype).eps
     if threat_model.norm == "linf":
         size = change.abs().amax()
-    else:
+    elif threat_model.norm == "l2":
         size, tolerance = change.norm(dim=1).amax(), tolerance * math.sqrt(change.shape[1])
+    else:
+        size, tolerance = change.norm(p=1, dim=1).amax(), tolerance * change.shape[1]
     low, high = adversarial.aminmax()
     return (size <= threat_model.eps + tolerance) & (low >= 0) & (high <= 1)
 

@@ -20,7 +20,7 @@ NAMES = {
     3: ["APGD-CE", "APGD-DLR", "FAB-T", "Square"],
     4: ["APGD-CE", "APGD-T", "FAB-T", "Square"],
 }
-THREATS = {"linf": ThreatModel("linf", 0.006), "l2": ThreatModel("l2", 0.1)}
+THREATS = {"linf": ThreatModel("linf", 0.006), "l2": ThreatModel("l2", 0.1), "l1": ThreatModel("l1", 0.25)}
 
 
 @pytest.fixture
@@ -58,13 +58,13 @@ def exactly_robust(model, pixels, labels, threat_model):
     for other in range(len(weight)):
         rows = labels != other
         normal = (weight[labels] - weight[other])[rows]
-        length = normal.norm(p=1 if threat_model.norm == "linf" else 2, dim=1)
+        length = normal.norm(p={"linf": 1, "l2": 2, "l1": torch.inf}[threat_model.norm], dim=1)
         margin = logits.gather(1, labels[:, None])[:, 0] - logits[:, other]
         robust[rows] &= margin[rows] > threat_model.eps * length
     return robust
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 @pytest.mark.parametrize("num_classes", [2, 3, 4, 5, 9, 10, 12])
 def test_exact_on_linear_models(num_classes, norm, shortened):
     model, pixels, labels = linear_case(num_classes)
@@ -83,7 +83,7 @@ def test_exact_on_linear_models(num_classes, norm, shortened):
 
 
 @pytest.mark.parametrize("num_classes", [2, 3, 4, 10])
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_every_component_alone(num_classes, norm, shortened):
     """Each attack finds something, stays in the ball, is deterministic and leaves unbroken images unchanged."""
     model, pixels, labels = linear_case(num_classes)
@@ -96,13 +96,13 @@ def test_every_component_alone(num_classes, norm, shortened):
         assert broken.any(), component
         assert torch.equal(adversarial[~broken], pixels[~broken]), component
         change = (adversarial.double() - pixels.double()).flatten(1)
-        distance = change.abs().amax(1) if norm == "linf" else change.norm(dim=1)
-        assert distance.max() <= threat_model.eps + 1e-6, component
+        distance = torch.linalg.vector_norm(change, {"linf": torch.inf, "l2": 2, "l1": 1}[norm], dim=1)
+        assert distance.max() <= threat_model.eps + (1e-5 if norm == "l1" else 1e-6), component
         assert adversarial.min() >= 0 and adversarial.max() <= 1
         assert torch.equal(adversarial, component(AttackView(model), pixels, labels)), component
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_agrees_with_the_library(norm, shortened):
     """Image by image with `version="standard"` of the library itself, at its minimum of ten classes."""
     torch.manual_seed(0)
@@ -110,11 +110,11 @@ def test_agrees_with_the_library(norm, shortened):
     pixels = torch.rand(18, 3, 8, 8)
     labels = model(pixels).argmax(1)
     labels[::6] = (labels[::6] + 1) % 10
-    threat_model = ThreatModel(norm, {"linf": 0.004, "l2": 0.04}[norm])
+    threat_model = ThreatModel(norm, {"linf": 0.004, "l2": 0.04, "l1": 0.4}[norm])
 
     report = evaluate_robustness(model, (pixels, labels), threat_model, batch_size=9, seed=3, progress=False)
 
-    name = {"linf": "Linf", "l2": "L2"}[norm]
+    name = {"linf": "Linf", "l2": "L2", "l1": "L1"}[norm]
     reference = pyautoattack.AutoAttack(model, norm=name, eps=threat_model.eps, seed=3, version="standard")
     adversarial, _ = reference.run_standard_evaluation(pixels, labels, batch_size=9)
     expected = model(adversarial).argmax(1) == labels
@@ -149,7 +149,7 @@ class Constant(nn.Module):
 
 
 @pytest.mark.parametrize("num_classes", [2, 3, 10])
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_constant_classifier_cannot_be_broken(num_classes, norm, shortened):
     model = Constant(num_classes)
     pixels = torch.rand(8, 3, 8, 8)
@@ -177,7 +177,8 @@ def test_seed_and_global_state(shortened):
     assert not torch.equal(first, other_seed(model, pixels, labels))
 
 
-def test_square_l2_runs_exactly_where_the_library_can():
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+def test_square_runs_exactly_where_the_library_can(norm):
     class First(nn.Module):
         def forward(self, pixels):
             return pixels.flatten(1)[:, :4].clone()
@@ -185,7 +186,7 @@ def test_square_l2_runs_exactly_where_the_library_can():
     sizes = [(n, n) for n in range(3, 33)] + [(8, 12), (12, 8), (30, 20), (224, 288), (10, 40)]
     left_out = []
     for size in sizes:
-        square = pyautoattack.square.SquareAttack(First(), norm="L2", n_queries=1, eps=1e-4, seed=0)
+        square = pyautoattack.square.SquareAttack(First(), norm=norm.upper(), n_queries=1, eps=1e-4, seed=0)
         pixels = torch.rand(2, 1, *size)
         labels = First()(pixels).argmax(1)
         try:
@@ -193,7 +194,7 @@ def test_square_l2_runs_exactly_where_the_library_can():
             runs = True
         except (RuntimeError, ZeroDivisionError):
             runs = False
-        components, reasons = autoattack_components(ThreatModel("l2", 1), 4, size)
+        components, reasons = autoattack_components(ThreatModel(norm, 1), 4, size)
         assert runs == (components[-1].name == "Square") == ("Square" not in reasons), size
         assert autoattack_components(ThreatModel("linf", 0.1), 4, size)[1] == {}
         left_out += [] if runs else [size]
