@@ -14,9 +14,9 @@ from .layers import LORA_FIELDS, BranchKind, branch_kind
 
 
 Norm = Literal["linf", "l2", "l1"]
-# For each norm its usual spelling, and more than the largest radius of any use. The unit square's diagonal bounds L2 by
-# sqrt(C*H*W); 16 already is twice the radius of anything published at 224 px, while 8-bit radii (e.g. 128) start there.
-# L1 goes up to 255 at 224 px (Croce and Hein, ICML 2021), and its 8-bit radii start at 12 * 255.
+# For each norm its usual spelling and the largest sensible radius. The unit square's diagonal bounds L2 by
+# sqrt(C*H*W); 16 already is twice the radius of anything published at 224 px, while 8-bit radii (e.g. 128) start
+# there. L1 goes up to 255 at 224 px (Croce and Hein, ICML 2021), and its 8-bit radii start at 12 * 255.
 _NORMS = {"linf": ("Linf", 1), "l2": ("L2", 16), "l1": ("L1", 1024)}
 
 # Fields of `AutoLoraConfig` that stock PEFT does not know. They live in `autolora_config.json`, so that

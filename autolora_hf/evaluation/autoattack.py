@@ -92,8 +92,8 @@ def autoattack_components(
     | 3 | APGD-DLR in place of APGD-T, whose loss divides by a gap that involves the fourth-largest logit |
     | 2 | APGD-CE, FAB-T, Square: both DLR losses need a third logit |
 
-    FAB-T and Square use the difference of two logits, which two classes have. In L1 (Croce and Hein, ICML 2021) APGD-CE
-    has five restarts, and APGD-T five target classes.
+    FAB-T and Square use the difference of two logits, which two classes have. In L1 (Croce and Hein, ICML 2021)
+    APGD-CE has five restarts, and APGD-T five target classes.
 
     Args:
         threat_model (`ThreatModel`): Norm and radius of the ball.
@@ -124,7 +124,8 @@ def autoattack_components(
     if threat_model.norm != "linf" and not _square_tiles(image_size):
         names.remove("Square")
         left_out["Square"] = (
-            f"pyautoattack's {threat_model.norm.upper()} version cannot tile images of {image_size[0]} x {image_size[1]} pixels"
+            f"pyautoattack's {threat_model.norm.upper()} version cannot tile images of "
+            f"{image_size[0]} x {image_size[1]} pixels"
         )
     return [AutoAttackComponent(name, threat_model, num_classes, seed) for name in names], left_out
 
@@ -166,7 +167,7 @@ def _silenced() -> Iterator[None]:
 
 
 def _square_tiles(image_size: tuple[int, int]) -> bool:
-    """Whether the tiles with which Square's L2 and L1 versions start fit into the image; the library fails where not."""
+    """Whether the tiles with which Square starts in L2 and L1 fit into the image; the library fails where not."""
     tile = image_size[0] // 5
     if tile < 2:
         return tile == 1
