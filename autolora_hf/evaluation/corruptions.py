@@ -1,9 +1,9 @@
 """Common corruptions (Hendrycks and Dietterich, ICLR 2019): noise, blur, weather and digital faults of images.
 
 The images are made by `imagecorruptions-imaug` (Apache-2.0), the maintained fork of the field's `imagecorruptions`, in
-whose last release, of 2020, fog and two blurs fail with today's numpy and scikit-image. No other kept library has the benchmark's corruptions
-with its five severities: kornia, torchvision and albumentations have a part of the kinds on scales of their own (the
-successor of the last is AGPL), imgaug ended in 2020, and robustbench pins an old timm.
+whose last release, of 2020, fog and two blurs fail with today's numpy and scikit-image. No other kept library has the
+whole benchmark with its five severities: kornia, torchvision and albumentations (its successor is AGPL) have some of
+the kinds on scales of their own, imgaug ended in 2020, and robustbench pins an old timm.
 
 Every corruption is defined for every image of at least `MIN_SIZE` pixels a side, so none is left out of small ones.
 Three things to know before comparing figures:
@@ -203,11 +203,12 @@ def _corrupt(
     # luminance of three channels of noise would be weaker than the noise asked for.
     on_one_channel = is_grey and name.endswith("_noise")
     source = image[..., 0] if on_one_channel else np.repeat(image, 3, axis=2) if is_grey else image
-    # Here, not through the library's `corrupt`, which refuses images below 32 pixels and makes grey ones coloured.
-    found = np.asarray(corrupt(Image.fromarray(source), severity, **options))
+    # In small images it happens that no drop of the spatter falls, and the library divides by the largest one.
+    with np.errstate(invalid="ignore"):
+        # Not through the library's `corrupt`, which refuses images below 32 pixels and makes grey ones coloured.
+        found = np.asarray(corrupt(Image.fromarray(source), severity, **options))
     if found.dtype != np.uint8:
-        # In small images it happens that no drop of the spatter falls, which the library divides by. Elsewhere it
-        # promises [0, 255]. Decimals are cut off, as in its own `corrupt`.
+        # Other values are in [0, 255]; decimals are cut off, as in its own `corrupt`.
         found = np.where(np.isnan(found), source, found).astype(np.uint8)
     if is_grey and not on_one_channel:
         found = np.asarray(Image.fromarray(found).convert("L"))
