@@ -210,6 +210,14 @@ def test_keeps_the_dtype(dtype):
     assert (found.float() - corrupted(pixels, "contrast", 2, 0, [0])).abs().max() < 0.01
 
 
+def test_images_are_rounded_to_eight_bits():
+    pixels = torch.arange(3, 252).repeat(8).reshape(1, 1, 24, 83) / 255
+    expected = corrupted(pixels, "impulse_noise", 1, 0, [0])
+    for offset in (-0.4, 0.4):
+        assert torch.equal(corrupted(pixels + offset / 255, "impulse_noise", 1, 0, [0]), expected)
+    assert (expected == pixels).float().mean() > 0.9, "the other pixels are what they were"
+
+
 def test_input_is_left_alone():
     pixels = images(count=1).requires_grad_()
     before = pixels.detach().clone()
