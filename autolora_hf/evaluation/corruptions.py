@@ -1,9 +1,9 @@
 """Common corruptions (Hendrycks and Dietterich, ICLR 2019): noise, blur, weather and digital faults of images.
 
 The images are made by `imagecorruptions-imaug` (Apache-2.0), the maintained fork of the field's `imagecorruptions`, in
-whose last release, of 2020, fog and two blurs fail with today's numpy and scikit-image. No other kept library has the
-whole benchmark with its five severities: kornia, torchvision and albumentations (its successor is AGPL) have some of
-the kinds on scales of their own, imgaug ended in 2020, and robustbench pins an old timm.
+whose last release, of 2020, fog and two blurs fail with today's numpy and scikit-image. Of the others, corrupt-tta has
+impulse noise that cannot be seeded; kornia, torchvision and albumentations (its successor is AGPL) have some of the
+kinds on scales of their own, imgaug ended in 2020, and robustbench pins an old timm.
 
 Every corruption is defined for every image of at least `MIN_SIZE` pixels a side, so none is left out of small ones.
 Three things to know before comparing figures:
