@@ -71,12 +71,17 @@ class ThreatModel:
                 "`eps` is 0, which allows no perturbation: accuracy under it is natural accuracy, which "
                 "`evaluate_robustness` reports anyway. A common value for colour images is 8/255."
             )
-        _, limit = _NORMS[self.norm]
+        limit = self.largest_eps
         if self.eps > limit:
             raise ValueError(
                 f"`eps` is {self.eps:g}, but pixels are in [0, 1] and the largest sensible {self.norm} radius is "
                 f"{limit}. Did you mean {self.eps:g}/255 = {self.eps / 255:.5f}?"
             )
+
+    @property
+    def largest_eps(self) -> float:
+        """The largest radius of this norm that is taken for one in [0, 1] pixels."""
+        return _NORMS[self.norm][1]
 
     def __str__(self) -> str:
         name, _ = _NORMS[self.norm]

@@ -43,7 +43,7 @@ from tiny_models import MODELS, change_everything
 from autolora_hf import RobustnessReport, load_autolora_model
 from autolora_hf.backbones import load_backbone
 from autolora_hf.config import ThreatModel
-from autolora_hf.evaluation.report import Accuracy, AttackResult
+from autolora_hf.evaluation import Accuracy, AttackResult
 from autolora_hf.record import RECORD, Record
 from autolora_hf.saving import check_files, deployed_digest
 

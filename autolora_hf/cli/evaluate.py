@@ -13,7 +13,7 @@ from ..attacks import PGD
 from ..config import Norm, ThreatModel, radius_argument
 from ..data import as_pixel_dataset, check_class_names
 from ..evaluation import RobustnessReport, evaluate_robustness
-from ..evaluation.robustness import FIRST_PASS
+from ..evaluation.attack_list import FIRST_PASS
 from ..evaluation.sharding import all_processes
 from .data import open_data
 from .display import show_progress

@@ -1,5 +1,6 @@
+from .accuracy import Accuracy
 from .figures import adversarial_examples_figure, training_curves_figure
-from .report import Accuracy, AttackResult, RobustnessReport
+from .report import AttackResult, RobustnessReport
 from .robustness import evaluate_robustness
 from .view import AttackView
 from .zero_shot import ZeroShotClassifier, class_embeddings

@@ -46,6 +46,19 @@ class AutoAttackComponent:
         most = 5 if self.threat_model.norm == "l1" and self.name == "APGD-T" else 9
         return min(most, self.num_classes - 1)
 
+    @property
+    def passes(self) -> int:
+        """Forward passes of a batch in which no image is broken."""
+        if self.name == "Square":
+            return 5003
+        if self.name == "FAB-T":
+            return 1 + 203 * self.target_classes
+        runs, each = (self.target_classes, 102) if self.name == "APGD-T" else (1, 101)
+        if self.threat_model.norm == "l1":
+            # Each run goes through three radii, and APGD-CE has restarts.
+            runs, each = (runs, 104) if self.name == "APGD-T" else (5, 103)
+        return 1 + runs * each
+
     def __str__(self) -> str:
         if self.name.endswith("-T"):
             return f"{self.name} ({self.target_classes} target classes)"

@@ -13,7 +13,7 @@ from ..checks import boolean, integer, json_object, line, list_of, number, shown
 from ..files import read_json, write_json
 
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "evaluation.json"
 
 
@@ -26,6 +26,9 @@ class BatchVerdicts:
         sample_indices (`list[int]`): The images: positions in the data set.
         sample_digests (`list[str]`): What identifies each image, see [`sample_digest`].
         correct (`list[bool]`): For each of them, whether it is classified correctly.
+        predicted (`list[int]`): The class that it is taken for.
+        confidence (`list[float]`): The probability that the model gives to that class, in [0, 1].
+        top5 (`list[bool]`): Whether the label is among the five most probable classes.
         seconds (`float`): Share of this batch in the wall time.
         device (`str`): Where it was measured.
     """
@@ -34,6 +37,9 @@ class BatchVerdicts:
     sample_indices: list[int]
     sample_digests: list[str]
     correct: list[bool]
+    predicted: list[int]
+    confidence: list[float]
+    top5: list[bool]
     seconds: float
     device: str
 
@@ -46,6 +52,9 @@ _VERDICTS = json_object(
         "sample_indices": list_of(integer(0, 2**40), _MOST_IMAGES, 1),
         "sample_digests": list_of(line, _MOST_IMAGES, 1),
         "correct": list_of(boolean, _MOST_IMAGES, 1),
+        "predicted": list_of(integer(0, 2**31), _MOST_IMAGES, 1),
+        "confidence": list_of(number(0, 1), _MOST_IMAGES, 1),
+        "top5": list_of(boolean, _MOST_IMAGES, 1),
         "seconds": number(0, 1e12),
         "device": line,
     }
@@ -112,7 +121,7 @@ class Checkpoint:
                 if content.pop("evaluation") != self.key:
                     raise ValueError(f"{path} belongs to another evaluation.")
                 verdicts = BatchVerdicts(**content)
-                if not len(verdicts.sample_digests) == len(verdicts.correct) == len(verdicts.sample_indices):
+                if len({len(value) for value in vars(verdicts).values() if isinstance(value, list)}) > 1:
                     raise ValueError(f"{path} has lists of different lengths.")
                 # An earlier stage may have been measured again, with another result.
                 expected = None if digests is None else [digests[image] for image in images]

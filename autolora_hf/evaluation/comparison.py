@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from scipy.stats import beta, binomtest, hypergeom
 
-from .report import Accuracy
+from .accuracy import Accuracy
 
 
 # Probability of failing an honest claim, and of noticing the drop that is called detectable.

@@ -88,11 +88,7 @@ def corrupted(pixels: Tensor, name: str, severity: int, seed: int, keys: Sequenc
     """
     check_corruption(name, severity)
     check_pixels(pixels)
-    channels, height, width = pixels.shape[1:]
-    if channels not in (1, 3):
-        raise ValueError(f"`pixels` must have 3 channels, or 1 for grey images, got {channels}.")
-    if min(height, width) < MIN_SIZE:
-        raise ValueError(f"`pixels` must be at least {MIN_SIZE} pixels high and wide, got {height} x {width}.")
+    check_corruptible(pixels)
     if len(keys) != len(pixels) or min(keys) < 0:
         raise ValueError(f"`keys` must be {len(pixels)} integers of at least 0, one an image, got {list(keys)[:8]}.")
     corrupt = load_library()[name]
@@ -103,6 +99,17 @@ def corrupted(pixels: Tensor, name: str, severity: int, seed: int, keys: Sequenc
             for image, key in zip(images, keys, strict=True)
         ]
     return (torch.from_numpy(np.stack(results)).permute(0, 3, 1, 2).float() / 255).to(pixels).contiguous()
+
+
+def check_corruptible(pixels: Tensor) -> None:
+    """Raises `ValueError` unless corruptions are defined for images of this shape, N x C x H x W."""
+    channels, height, width = pixels.shape[1:]
+    if channels not in (1, 3):
+        raise ValueError(f"Corruptions need images with 3 channels, or 1 if grey, got {channels}.")
+    if min(height, width) < MIN_SIZE:
+        raise ValueError(
+            f"Corruptions need images of at least {MIN_SIZE} x {MIN_SIZE} pixels, got {height} x {width}."
+        )
 
 
 def check_corruption(name: str, severity: int) -> None:

@@ -21,26 +21,27 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 def describe_evaluation(
-    model: nn.Module, view: AttackView, route: str, samples: Samples, conditions: dict[str, Any]
+    model: nn.Module, views: list[AttackView], routes: list[str], samples: Samples, conditions: dict[str, Any]
 ) -> dict[str, Any]:
     """All that the verdicts depend on but for the pixels, which are compared when they are read; as JSON types.
 
     Args:
         model (`nn.Module`): The model.
-        view (`AttackView`): What the attacks see of it.
-        route (`str`): Route of an AutoLoRa model.
+        views (`list[AttackView]`): What the attacks see of it, for each route.
+        routes (`list[str]`): Routes of an AutoLoRa model.
         samples (`Samples`): The images.
         conditions (`dict`): Threat model, attacks, seed, versions.
     """
-    # Under the other route a model may have other norm statistics.
-    with model.route(route) if isinstance(model, AutoLoraModel) else nullcontext():
-        # With buffers that are not saved, such as those of the normalisation.
-        weights = weights_digest({**dict(view.named_parameters()), **dict(view.named_buffers())})
-    network = hashlib.sha256(_ADDRESS.sub("", repr(view)).encode()).hexdigest()
+    weights = []
+    for view, route in zip(views, routes, strict=True):
+        # Under the other route a model may have other norm statistics.
+        with model.route(route) if isinstance(model, AutoLoraModel) else nullcontext():
+            # With buffers that are not saved, such as those of the normalisation.
+            weights.append(weights_digest({**dict(view.named_parameters()), **dict(view.named_buffers())}))
+    network = hashlib.sha256(_ADDRESS.sub("", repr(views)).encode()).hexdigest()
     return {
-        "weights_sha256": weights,
+        "weights_sha256": " ".join(weights),
         "network_sha256": network,
-        "route": route,
         **conditions,
         "batch_size": samples.batch_size,
         "dataset_size": samples.dataset_size,

@@ -3,59 +3,40 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from scipy.stats import binomtest
-
 from ..config import ThreatModel
 from ..data.description import DataDescription
 from ..files import read_json, write_atomically
+from .accuracy import Accuracy
+from .breakdown import ClassResult, class_results, confusions
+from .calibration import Calibration, calibration
+from .corruptions import CorruptionSummary, summarised
+from .curve import CurvePoint, RobustnessCurve
+from .findings import Finding
 from .report_schema import check_report
+from .report_text import report_text, standard_warnings
 
 
 Protocol = Literal["autoattack", "autoattack-reduced", "custom"]
 
-# Below this many images the 95 % interval is wider than ten points around the accuracies that occur in practice.
-MIN_SAMPLES = 200
 
-
-@dataclass(frozen=True)
-class Accuracy:
-    """A share of correctly classified images and its exact 95 % confidence interval (Clopper-Pearson).
-
-    Args:
-        correct (`int`): Correctly classified images.
-        total (`int`): All images.
-        low (`float`): Lower end of the interval, in [0, 1].
-        high (`float`): Upper end of the interval, in [0, 1].
-    """
-
-    correct: int
-    total: int
-    low: float
-    high: float
-
-    @classmethod
-    def from_counts(cls, correct: int, total: int) -> Accuracy:
-        """Computes the interval. Raises `ValueError` unless `0 <= correct <= total` and `total >= 1`."""
-        if total < 1 or not 0 <= correct <= total:
-            raise ValueError(f"An accuracy needs 0 <= correct <= total and total >= 1, got {correct} of {total}.")
-        interval = binomtest(correct, total).proportion_ci(0.95, method="exact")
-        return cls(correct, total, float(interval.low), float(interval.high))
-
-    @property
-    def value(self) -> float:
-        """The share itself, in [0, 1]."""
-        return self.correct / self.total
-
-    def __str__(self) -> str:
-        return f"{self.value:.2%} [{self.low:.2%}, {self.high:.2%}]"
+# Fields with one entry an image.
+_PER_IMAGE = (
+    "sample_indices",
+    "natural_correct",
+    "robust_correct",
+    "sample_digests",
+    "labels",
+    "natural_predicted",
+    "robust_predicted",
+    "natural_confidence",
+    "robust_confidence",
+)
 
 
 @dataclass(frozen=True)
@@ -77,6 +58,36 @@ class AttackResult:
     accuracy: float | None = None
     seconds: float = 0.0
     left_out: str | None = None
+
+
+@dataclass(frozen=True)
+class CorruptionResult:
+    """Accuracy on the images with one common corruption.
+
+    Args:
+        name (`str`): One of [`CORRUPTIONS`].
+        severity (`int`): 1 to 5.
+        accuracy (`Accuracy`): On all images.
+    """
+
+    name: str
+    severity: int
+    accuracy: Accuracy
+
+
+@dataclass(frozen=True)
+class RouteResult:
+    """The route of an AutoLoRa model that is not deployed, measured in the same way on the same images.
+
+    Args:
+        route (`str`): Its name.
+        natural (`Accuracy`): On the clean images.
+        robust (`Accuracy`): Under the same attacks, made against this route.
+    """
+
+    route: str
+    natural: Accuracy
+    robust: Accuracy
 
 
 @dataclass
@@ -113,6 +124,21 @@ class RobustnessReport:
         batch_size (`int`, *optional*): Images attacked at a time, on which the random starts depend.
         versions (`dict[str, str]`): Versions of the packages involved.
         warnings (`list[str]`): What to know before using the figures.
+        labels (`list[int]`): For each image its class.
+        natural_predicted (`list[int]`): For each image the class that the clean one is taken for.
+        robust_predicted (`list[int]`): For each image the class that it is taken for under attack: of the attack that
+            broke it, else as clean.
+        natural_confidence (`list[float]`), robust_confidence (`list[float]`): The probability that the model gives to
+            these classes, in [0, 1].
+        natural_top5 (`Accuracy`, *optional*): Share of clean images with their class among the five most probable;
+            `None` for five classes or fewer.
+        robust_top5 (`Accuracy`, *optional*): The same for the images that the attacks made. They went for the most
+            probable class, not for five, so this is no bound against others.
+        class_names (`list[str]`, *optional*): Names of the classes.
+        findings (`list[Finding]`): Diagnostics of gradient masking, see [`gradient_masking_findings`].
+        curve (`RobustnessCurve`, *optional*): Robust accuracy at other radii.
+        corruptions (`list[CorruptionResult]`): Common corruptions, at each severity.
+        other_route (`RouteResult`, *optional*): The same measurement of the route that is not deployed.
     """
 
     threat_model: ThreatModel
@@ -136,6 +162,18 @@ class RobustnessReport:
     batch_size: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    natural_predicted: list[int] = field(default_factory=list)
+    robust_predicted: list[int] = field(default_factory=list)
+    natural_confidence: list[float] = field(default_factory=list)
+    robust_confidence: list[float] = field(default_factory=list)
+    natural_top5: Accuracy | None = None
+    robust_top5: Accuracy | None = None
+    class_names: list[str] | None = None
+    findings: list[Finding] = field(default_factory=list)
+    curve: RobustnessCurve | None = None
+    corruptions: list[CorruptionResult] = field(default_factory=list)
+    other_route: RouteResult | None = None
 
     @property
     def natural_accuracy(self) -> float:
@@ -157,6 +195,51 @@ class RobustnessReport:
         """Attacks of the protocol that were not run, and why."""
         return {row.name: row.left_out for row in self.attacks if row.left_out is not None}
 
+    @property
+    def has_answers(self) -> bool:
+        """Whether the answers to single images are recorded; in older reports they are not."""
+        return bool(self.labels)
+
+    @property
+    def classes(self) -> list[ClassResult]:
+        """Natural and robust accuracy of every class that has images; empty without the answers."""
+        if not self.has_answers:
+            return []
+        return class_results(self.labels, self.natural_correct, self.robust_correct, self.class_names)
+
+    @property
+    def worst_class(self) -> ClassResult | None:
+        """The class of the lowest robust accuracy, and among equals of the lowest natural one.
+
+        The lowest of several measured shares lies by chance below the lowest true one.
+        """
+        return min(self.classes, key=lambda row: (row.robust.value, row.natural.value), default=None)
+
+    def confusions(self, under_attack: bool = True) -> list[list[int]]:
+        """How many images of each class (row) are taken for each class (column)."""
+        predicted = self.robust_predicted if under_attack else self.natural_predicted
+        return confusions(self.labels, predicted, self.num_classes)
+
+    def calibration(self, under_attack: bool = False) -> Calibration | None:
+        """How well the model's confidence fits its accuracy; `None` without the answers.
+
+        Under attack an image counts with the confidence in the answer that the attack that broke it brought about, or
+        in the clean one if none did.
+        """
+        if not self.has_answers:
+            return None
+        if under_attack:
+            return calibration(self.robust_confidence, self.robust_correct)
+        return calibration(self.natural_confidence, self.natural_correct)
+
+    @property
+    def corruption_summary(self) -> CorruptionSummary | None:
+        """Mean accuracies over corruptions and severities; `None` where none were measured."""
+        if not self.corruptions:
+            return None
+        accuracies = {(row.name, row.severity): row.accuracy.value for row in self.corruptions}
+        return summarised(accuracies, self.natural.value)
+
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON types."""
         return asdict(self)
@@ -176,15 +259,22 @@ class RobustnessReport:
             threat_model = ThreatModel(**content["threat_model"])
         except ValueError as error:
             raise ValueError(f"This is not a robustness report: {error}") from error
-        return cls(
-            **{
-                **content,
-                "threat_model": threat_model,
-                "natural": Accuracy(**content["natural"]),
-                "robust": Accuracy(**content["robust"]),
-                "attacks": [AttackResult(**row) for row in content["attacks"]],
-            }
-        )
+        values = {**content, "threat_model": threat_model}
+        values["attacks"] = [AttackResult(**row) for row in content["attacks"]]
+        values["findings"] = [Finding(**row) for row in content.get("findings", [])]
+        for name in ("natural", "robust", "natural_top5", "robust_top5"):
+            values[name] = content.get(name) and Accuracy(**content[name])
+        values["corruptions"] = [
+            CorruptionResult(row["name"], row["severity"], Accuracy(**row["accuracy"]))
+            for row in content.get("corruptions", [])
+        ]
+        if content.get("curve"):
+            points = [CurvePoint(row["eps"], Accuracy(**row["accuracy"])) for row in content["curve"]["points"]]
+            values["curve"] = RobustnessCurve(content["curve"]["attack"], points)
+        if content.get("other_route"):
+            row = content["other_route"]
+            values["other_route"] = RouteResult(row["route"], Accuracy(**row["natural"]), Accuracy(**row["robust"]))
+        return cls(**values)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the report as JSON, one field a line; the file is complete or not there."""
@@ -208,7 +298,8 @@ class RobustnessReport:
         slowest part.
 
         Raises:
-            ValueError: If the parts share images or differ in threat model, attacks, seed, route or data.
+            ValueError: If the parts share images, differ in threat model, attacks, seed, route or data, or have a
+                curve, corruptions or another route.
         """
         first = parts[0]
         same = (
@@ -226,14 +317,15 @@ class RobustnessReport:
             values = [getattr(part, name) for part in parts]
             if any(value != values[0] for value in values):
                 raise ValueError(f"Reports that differ in `{name}` cannot be merged: {values}.")
-        verdicts = sorted(
-            row
-            for part in parts
-            for row in zip(
-                part.sample_indices, part.natural_correct, part.robust_correct, part.sample_digests, strict=True
+        if any(part.curve or part.corruptions or part.other_route for part in parts):
+            raise ValueError(
+                "Reports with a curve, corruptions or another route cannot be merged. Measure with several processes "
+                "instead, see `evaluate_robustness`."
             )
-        )
-        indices, natural, robust, digests = (list(column) for column in zip(*verdicts, strict=True))
+        columns = [name for name in _PER_IMAGE if all(getattr(part, name) for part in parts)]
+        rows = [row for part in parts for row in zip(*(getattr(part, name) for name in columns), strict=True)]
+        merged = dict(zip(columns, map(list, zip(*sorted(rows), strict=True)), strict=True))
+        indices, natural, robust = (merged[name] for name in _PER_IMAGE[:3])
         if len(set(indices)) < len(indices):
             raise ValueError("Reports that share images cannot be merged.")
         attacks = []
@@ -256,10 +348,11 @@ class RobustnessReport:
             natural=Accuracy.from_counts(sum(natural), len(indices)),
             robust=Accuracy.from_counts(sum(robust), len(indices)),
             attacks=attacks,
-            sample_indices=indices,
-            natural_correct=natural,
-            robust_correct=robust,
-            sample_digests=digests,
+            **{name: merged.get(name, []) for name in _PER_IMAGE},
+            natural_top5=_sum_of([part.natural_top5 for part in parts]),
+            robust_top5=_sum_of([part.robust_top5 for part in parts]),
+            # Of the first part that was diagnosed: what they found is a property of the model.
+            findings=next((part.findings for part in parts if part.findings), []),
             seconds=max(part.seconds for part in parts),
             # Processes may have had room for batches of different sizes.
             batch_size=first.batch_size if len({part.batch_size for part in parts}) == 1 else None,
@@ -270,84 +363,10 @@ class RobustnessReport:
         return report
 
     def __str__(self) -> str:
-        used = len(self.sample_indices)
-        samples = f"{used:,} of {self.dataset_size:,}" if used < self.dataset_size else f"all {used:,}"
-        head = {
-            "threat model": str(self.threat_model),
-            "attack": self.attack,
-            "images": f"{samples}, {self.num_classes} classes, seed {self.seed}",
-            "route": self.route,
-            "ran": f"{self.seconds:.1f} s on {self.device}",
-            "versions": ", ".join(f"{name} {version}" for name, version in self.versions.items()),
-        }
-        blocks = ["\n".join(item_line(name, text) for name, text in head.items() if text)]
-        rows = [["", "accuracy", "95 % interval", "correct"]]
-        for name, accuracy in (("natural", self.natural), ("robust", self.robust)):
-            interval = f"[{percent(accuracy.low)}, {percent(accuracy.high)}]"
-            rows.append([name, percent(accuracy.value), interval, f"{accuracy.correct} / {accuracy.total}"])
-        blocks.append(aligned_table(rows))
-        rows = [["after", "accuracy", "broken", "seconds"]]
-        for row in self.attacks:
-            if row.left_out is None:
-                rows.append([row.name, percent(row.accuracy), f"{row.broken} of {row.attacked}", f"{row.seconds:.1f}"])
-        blocks.append(aligned_table(rows))
-        if self.left_out:
-            blocks.append("\n".join(item_line("not run", f"{name}: {why}") for name, why in self.left_out.items()))
-        if self.warnings:
-            blocks.append("\n".join(item_line("warning", text) for text in self.warnings))
-        return "\n\n".join(blocks)
+        return report_text(self)
 
 
-def standard_warnings(report: RobustnessReport) -> list[str]:
-    """What follows from the figures of a report alone."""
-    found = []
-    natural, robust = report.natural, report.robust
-    if robust.value > natural.value:
-        found.append(
-            f"Robust accuracy ({robust.value:.2%}) is above natural accuracy ({natural.value:.2%}), which is "
-            "impossible on the same images: the two do not belong together."
-        )
-    if report.protocol == "custom":
-        found.append(
-            f"{report.attack}: a training signal, not a figure to publish. Such attacks overstate robustness; run "
-            "`attack='autoattack'`."
-        )
-    if report.protocol == "autoattack-reduced":
-        found.append(
-            f"AutoAttack without {', '.join(report.left_out)}: name the attacks that ran wherever the figure is used."
-        )
-    if robust.total < MIN_SAMPLES:
-        found.append(
-            f"Only {robust.total} images: the 95 % interval of robust accuracy is "
-            f"{100 * (robust.high - robust.low):.0f} points wide."
-        )
-    square = next((row for row in report.attacks if row.name == "Square"), None)
-    # The rule of the AutoAttack authors (0.2 points), but one image of a small sample is chance.
-    if square is not None and square.broken > max(1, math.floor(0.002 * robust.total)):
-        found.append(
-            f"Square, which uses no gradients, broke {square.broken} images that the gradient-based attacks had not: "
-            "gradient masking suspected, the true robust accuracy may be lower."
-        )
-    return found
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.2f} %"
-
-
-def item_line(name: str, text: str) -> str:
-    return textwrap.fill(text, 100, initial_indent=f"{name:<14}", subsequent_indent=" " * 14)
-
-
-def aligned_table(rows: list[list[str]]) -> str:
-    """Aligned columns: the first to the left, the others to the right."""
-    widths = [max(12, *(len(row[column]) for row in rows)) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            row[0].ljust(widths[0]),
-            *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
-        ]
-        lines.append("  ".join(cells))
-    lines.insert(1, "-" * len(lines[0]))
-    return "\n".join(lines)
+def _sum_of(accuracies: Sequence[Accuracy | None]) -> Accuracy | None:
+    if None in accuracies:
+        return None
+    return Accuracy.from_counts(sum(one.correct for one in accuracies), sum(one.total for one in accuracies))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Any
 
@@ -21,6 +22,8 @@ from ..checks import (
 )
 
 
+# The answers to single images.
+_ANSWERS = ("labels", "natural_predicted", "robust_predicted", "natural_confidence", "robust_confidence")
 # More than any evaluation has, and few enough to be harmless.
 _MOST_IMAGES, _MOST_ATTACKS, _MOST_TEXTS = 10_000_000, 100, 1000
 
@@ -39,6 +42,17 @@ def _attack_settings(value: Any, where: str) -> None:
         raise ValueError(f"{where}.random_start must be true with restarts or with the loss 'kl'.")
 
 
+def _figure(value: Any, where: str) -> None:
+    """A number behind a finding, or several."""
+    if isinstance(value, list):
+        list_of(_NUMBER, 1000)(value, where)
+    else:
+        _NUMBER(value, where)
+
+
+_MOST_CLASSES = 200_000
+_CLASS = integer(0, _MOST_CLASSES - 1)
+_NUMBER = number(-1e300, 1e300)
 _COUNT = integer(0, _MOST_IMAGES)
 _SHARE = number(0, 1)
 _SECONDS = number(0, 1e12)
@@ -84,7 +98,7 @@ _REPORT = json_object(
         "natural_correct": list_of(boolean, _MOST_IMAGES, 1),
         "robust_correct": list_of(boolean, _MOST_IMAGES, 1),
         "dataset_size": integer(1, 2**40),
-        "num_classes": integer(2, 200_000),
+        "num_classes": integer(2, _MOST_CLASSES),
         "seed": _SEED,
         "route": optional(one_of("robust", "natural")),
         "device": line,
@@ -104,7 +118,41 @@ _REPORT = json_object(
         "batch_size": optional(integer(1, _MOST_IMAGES)),
         "versions": mapping(line, line, 100),
         "warnings": list_of(text, _MOST_TEXTS),
-    }
+    },
+    # Added later: reports of before are without them.
+    {
+        "labels": list_of(_CLASS, _MOST_IMAGES),
+        "natural_predicted": list_of(_CLASS, _MOST_IMAGES),
+        "robust_predicted": list_of(_CLASS, _MOST_IMAGES),
+        "natural_confidence": list_of(_SHARE, _MOST_IMAGES),
+        "robust_confidence": list_of(_SHARE, _MOST_IMAGES),
+        "natural_top5": optional(_ACCURACY),
+        "robust_top5": optional(_ACCURACY),
+        "class_names": optional(list_of(line, _MOST_CLASSES)),
+        "findings": list_of(
+            json_object(
+                {
+                    "name": line,
+                    "outcome": one_of("passed", "failed", "not run"),
+                    "sentence": text,
+                    "figures": mapping(line, _figure, 100),
+                }
+            ),
+            _MOST_TEXTS,
+        ),
+        "curve": optional(
+            json_object(
+                {
+                    "attack": line,
+                    "points": list_of(json_object({"eps": number(0, 1e6), "accuracy": _ACCURACY}), 1000, 2),
+                }
+            )
+        ),
+        "corruptions": list_of(
+            json_object({"name": line, "severity": integer(1, 5), "accuracy": _ACCURACY}), _MOST_TEXTS
+        ),
+        "other_route": optional(json_object({"route": line, "natural": _ACCURACY, "robust": _ACCURACY})),
+    },
 )
 
 
@@ -122,10 +170,21 @@ def check_report(content: Any) -> None:
 def _check_lengths(content: dict[str, Any]) -> None:
     """Raises `ValueError` if fields that are right on their own are not of the same images."""
     images = len(content["sample_indices"])
-    for name in ("natural_correct", "robust_correct", "sample_digests"):
-        # Reports may be without digests.
-        if len(content[name]) != images and (content[name] or name != "sample_digests"):
-            raise ValueError(f"{name} has {len(content[name])} entries for the {images} of sample_indices.")
+    for name in ("natural_correct", "robust_correct", "sample_digests", *_ANSWERS):
+        # Reports may be without digests, and older ones without the answers.
+        found = len(content.get(name, []))
+        if found != images and (found or name in ("natural_correct", "robust_correct")):
+            raise ValueError(f"{name} has {found} entries for the {images} of sample_indices.")
+    if len({len(content.get(name, [])) for name in _ANSWERS}) > 1:
+        raise ValueError(f"{', '.join(_ANSWERS)} must be given together.")
+    for name in _ANSWERS[:3]:
+        if max(content.get(name, []), default=0) >= content["num_classes"]:
+            raise ValueError(f"{name} has {max(content[name])}, but num_classes is {content['num_classes']}.")
+    if content.get("class_names") is not None and len(content["class_names"]) != content["num_classes"]:
+        raise ValueError(f"class_names has {len(content['class_names'])} names for {content['num_classes']} classes.")
+    radii = [point["eps"] for point in (content.get("curve") or {"points": []})["points"]]
+    if radii and (radii[0] != 0 or any(one >= other for one, other in itertools.pairwise(radii))):
+        raise ValueError("curve.points must begin with eps 0 and go on by growing eps.")
     if len(set(content["sample_indices"])) < images:
         raise ValueError("sample_indices has duplicates.")
     if max(content["sample_indices"]) >= content["dataset_size"]:

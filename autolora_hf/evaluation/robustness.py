@@ -9,11 +9,10 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attacks import PGD, attack_mode
@@ -21,18 +20,33 @@ from ..config import ThreatModel
 from ..data import describe_data
 from ..frozen import FrozenRoute
 from ..modeling import AutoLoraModel
-from .autoattack import AutoAttackComponent, autoattack_components, isolated_random_state
+from .accuracy import Accuracy
+from .attack_list import (
+    FIRST_PASS,
+    FirstPass,
+    attack_name,
+    attack_settings,
+    attacks_in_words,
+    check_attacks,
+    resolve_attacks,
+)
+from .autoattack import isolated_random_state
 from .checkpoint import Checkpoint
+from .corruptions import CORRUPTIONS, SEVERITIES, check_corruptible, check_corruption, corrupted, load_library
+from .curve import CURVE_STEPS, CurvePoint, RobustnessCurve, curve_radii
+from .findings import Finding
+from .gradient_masking import DIAGNOSED, gradient_masking_findings
 from .identity import check_same, describe_evaluation, settings_in_words
-from .report import Accuracy, AttackResult, Protocol, RobustnessReport, standard_warnings
+from .report import AttackResult, CorruptionResult, Protocol, RobustnessReport, RouteResult
+from .report_text import standard_warnings
 from .samples import Samples
 from .sharding import all_processes
-from .stages import Attack, Stages
+from .stages import Answers, Attack, Stages
 from .view import AttackView
 from .zero_shot import refuse_tower
 
 
-FIRST_PASS = "pgd-bf16"
+_VERSIONS = ("torch", "timm", "transformers", "peft", "pyautoattack", "imagecorruptions-imaug", "numpy")
 
 
 def evaluate_robustness(
@@ -49,6 +63,9 @@ def evaluate_robustness(
     device: torch.device | str | None = None,
     progress: bool = True,
     checkpoint_dir: str | os.PathLike[str] | None = None,
+    diagnostics: bool = True,
+    curve: bool | Sequence[float] = False,
+    corruptions: bool | Sequence[str] = False,
 ) -> RobustnessReport:
     """Measures accuracy on clean images and under attack.
 
@@ -74,7 +91,7 @@ def evaluate_robustness(
             easily broken by PGD-10 in bfloat16 first; the model itself judges what it finds, and the others get the
             whole of AutoAttack as usual. This saves time on models of little robustness. For an [`AutoLoraModel`].
             Those that are left share other batches then, so their random starts differ.
-        route (`str`): Route of the AutoLoRa model.
+        route (`str`): Route of the AutoLoRa model. `"both"`: the deployed one, and as `report.other_route` the other.
         max_samples (`int`, *optional*): Use a random subset of this size with the class shares of the whole set.
         sample_indices (`Sequence[int]`, *optional*): Use exactly these images, for instance those of another report.
         batch_size (`int`): Images in a forward pass.
@@ -85,13 +102,20 @@ def evaluate_robustness(
             evaluation that was killed goes on from there when it is started again in the same way, with any number of
             processes, and ends with the same report but for the times, which count those of the earlier runs. A
             custom attack is recognised by its `repr`, which must state its settings, as that of a dataclass does.
+        diagnostics (`bool`): Look for gradient masking on a few images, see [`gradient_masking_findings`]. What is
+            found stands in `report.findings`, and what failed among the warnings too.
+        curve (`bool` or `Sequence[float]`): Measure robust accuracy at these radii too, in [0, 1] pixels, under PGD
+            with 20 steps. `True`: from a quarter to four times the radius of `threat_model`.
+        corruptions (`bool` or `Sequence[str]`): Measure accuracy under these common corruptions, at every severity;
+            `True`: all fifteen. Needs `pip install "autolora-hf[corruptions]"`. See [`corrupted`].
 
     Raises:
         ValueError: If the data set is empty, labels or pixels are out of range, the threat model is missing, an attack
-            is unknown or leaves the ball, the model does not return N x K logits (an image tower does not; see
-            [`ZeroShotClassifier`]), `checkpoint_dir` holds another evaluation, or the processes were given different
-            models or arguments. All but what an attack returns is checked before the first attack starts.
-        ImportError: If AutoAttack is asked for and `pyautoattack` is not installed.
+            is unknown or leaves the ball, a radius or a corruption is unknown, there is no second route, the model
+            does not return N x K logits (an image tower does not; see [`ZeroShotClassifier`]), `checkpoint_dir` holds
+            another evaluation, or the processes were given different models or arguments. All but what an attack
+            returns is checked before the first attack starts.
+        ImportError: If a package is missing that an attack or corruptions need.
         RuntimeError: If another process was killed, or never called this function.
     """
     started = time.perf_counter()
@@ -101,57 +125,72 @@ def evaluate_robustness(
             refuse_tower(model)
             threat_model = _resolve_threat_model(model, threat_model)
             requested = list(attack) if isinstance(attack, (list, tuple)) else [attack]
-            _check_attacks(requested, threat_model, model)
+            check_attacks(requested, threat_model, model)
+            radii, corrupted_by = curve_radii(threat_model, curve), _corruptions(corruptions)
+            routes = _routes(model, route)
             samples = Samples(dataset, model, max_samples, sample_indices, seed, batch_size)
             for context in (attack_mode(model), _on_device(model, device), torch.enable_grad()):
                 stack.enter_context(context)
-            view = target = AttackView(model, route).eval()
-            if isinstance(model, AutoLoraModel):
-                # Attacks search on a copy that is quicker and the same up to rounding; the model itself judges what
-                # they find.
-                target = AttackView(FrozenRoute(model, route)).eval()
+            subjects = [_Subject(model, name) for name in routes]
+            view, target = subjects[0].view, subjects[0].target
             first, _ = samples.read(torch.tensor([0]), view.device)
             num_classes = _count_classes(view, first)
             samples.check_labels(num_classes)
-            attacks, left_out = _resolve_attacks(requested, threat_model, num_classes, tuple(first.shape[-2:]), seed)
-            if FIRST_PASS in requested:
-                quick = AttackView(FrozenRoute(model, route, dtype=torch.bfloat16)).eval()
-                attacks[requested.index(FIRST_PASS)] = _FirstPass(PGD(threat_model, seed=seed), quick)
-            settings = [_settings(entry, threat_model, seed) for entry in requested]
+            if corrupted_by:
+                check_corruptible(first)
+            attacks, left_out = resolve_attacks(requested, threat_model, num_classes, tuple(first.shape[-2:]), seed)
+            settings = [attack_settings(entry, threat_model, seed) for entry in requested]
             evaluation: dict[str, Any] = {}
             if processes.size > 1 or checkpoint_dir is not None:
                 conditions = {"threat_model": asdict(threat_model), "attacks": settings, "seed": seed}
-                evaluation = describe_evaluation(model, view, route, samples, {**conditions, "versions": _versions()})
+                further = {"curve": [one.eps for one in radii], "corruptions": corrupted_by, "routes": routes}
+                conditions = {**conditions, **further, "versions": _versions()}
+                evaluation = describe_evaluation(model, [one.view for one in subjects], routes, samples, conditions)
             if checkpoint_dir is not None:
                 custom = [entry for entry, row in zip(requested, settings, strict=True) if row["kind"] == "custom"]
                 evaluation["custom_attacks"] = [settings_in_words(entry) for entry in custom]
         check_same(processes.gather({**evaluation, "checkpoint_dir is given": checkpoint_dir is not None}))
         with processes.together():
             checkpoint = None if checkpoint_dir is None else Checkpoint(checkpoint_dir, evaluation)
-        stages = Stages(view, target, samples, processes, checkpoint, threat_model, seed, progress)
-        correct = stages.clean()
+        stages = Stages(view, target, samples, processes, checkpoint, seed, progress)
+        clean = stages.clean()
+        findings, notes = [], []
         with processes.together(), isolated_random_state(seed):
-            notes = _diagnose(view, samples, correct) if processes.is_main else []
-        robust = correct.clone()
-        rows = [stages.attack(n, _name(entry), entry, robust) for n, entry in enumerate(attacks, 1)]
+            if processes.is_main:
+                notes = _note_probabilities(view, samples)
+            if processes.is_main and diagnostics:
+                findings = _diagnose(view, target, samples, clean.correct, threat_model, num_classes, seed)
+        answers = clean.copy()
+        rows = subjects[0].attacked(stages, requested, attacks, threat_model, seed, answers)
+
+        other_route = None
+        for subject in subjects[1:]:
+            stages.view, stages.target = subject.view, subject.target
+            other = stages.clean()
+            natural = accuracy_of(other.correct)
+            subject.attacked(stages, requested, attacks, threat_model, seed, other)
+            other_route = RouteResult(subject.route, natural, accuracy_of(other.correct))
+            stages.view, stages.target = view, target
+        found_curve = _measure_curve(stages, clean, radii, seed)
+        found_corruptions = _measure_corruptions(stages, corrupted_by, seed)
 
         protocol: Protocol = "custom"
         if "autoattack" in requested:
             protocol = "autoattack-reduced" if left_out else "autoattack"
         report = RobustnessReport(
             threat_model=threat_model,
-            natural=Accuracy.from_counts(int(correct.sum()), len(correct)),
-            robust=Accuracy.from_counts(int(robust.sum()), len(correct)),
+            natural=accuracy_of(clean.correct),
+            robust=accuracy_of(answers.correct),
             attacks=[*rows, *(AttackResult(name, left_out=reason) for name, reason in left_out.items())],
             protocol=protocol,
-            attack=_describe(attacks, protocol),
+            attack=attacks_in_words(attacks, protocol),
             sample_indices=samples.indices,
-            natural_correct=correct.tolist(),
-            robust_correct=robust.tolist(),
+            natural_correct=clean.correct.tolist(),
+            robust_correct=answers.correct.tolist(),
             dataset_size=samples.dataset_size,
             num_classes=num_classes,
             seed=seed,
-            route=route if hasattr(model, "pixel_space") else None,
+            route=routes[0] if hasattr(model, "pixel_space") else None,
             device=", ".join(stages.devices),
             seconds=round(time.perf_counter() - started + stages.earlier_seconds, 3),
             dataset=describe_data(dataset),
@@ -159,10 +198,108 @@ def evaluate_robustness(
             attack_settings=settings,
             batch_size=batch_size,
             versions=_versions(),
+            labels=samples.labels.tolist(),
+            natural_predicted=clean.predicted.tolist(),
+            robust_predicted=answers.predicted.tolist(),
+            natural_confidence=clean.confidence.tolist(),
+            robust_confidence=answers.confidence.tolist(),
+            natural_top5=accuracy_of(clean.top5) if num_classes > 5 else None,
+            robust_top5=accuracy_of(answers.top5) if num_classes > 5 else None,
+            class_names=_class_names(model, samples, num_classes),
+            findings=findings,
+            curve=found_curve,
+            corruptions=found_corruptions,
+            other_route=other_route,
         )
-        report.warnings = [*standard_warnings(report), *samples.notes, *notes]
-        # Its times and notes are those of the main process.
+        doubts = [finding.sentence for finding in findings if finding.outcome == "failed"]
+        report.warnings = [*standard_warnings(report), *samples.notes, *notes, *doubts]
+        # Its times, notes and findings are those of the main process.
         return processes.gather(report)[0]
+
+
+class _Subject:
+    """One route of a model: what judges, and what attacks search on."""
+
+    def __init__(self, model: nn.Module, route: str) -> None:
+        self.model, self.route = model, route
+        self.view = self.target = AttackView(model, route).eval()
+        if isinstance(model, AutoLoraModel):
+            # Attacks search on a copy that is quicker and the same up to rounding; the model itself judges what they
+            # find.
+            self.target = AttackView(FrozenRoute(model, route)).eval()
+
+    def attacked(
+        self,
+        stages: Stages,
+        requested: list[Any],
+        attacks: list[Attack],
+        threat_model: ThreatModel,
+        seed: int,
+        answers: Answers,
+    ) -> list[AttackResult]:
+        """Runs the attacks one after the other; `answers` become those under all of them."""
+        if FIRST_PASS in requested:
+            quick = AttackView(FrozenRoute(self.model, self.route, dtype=torch.bfloat16)).eval()
+            attacks = [FirstPass(PGD(threat_model, seed=seed), quick), *attacks[1:]]
+        return [stages.attack(attack_name(entry), entry, threat_model, answers) for entry in attacks]
+
+
+def _measure_curve(stages: Stages, clean: Answers, radii: list[ThreatModel], seed: int) -> RobustnessCurve | None:
+    if not radii:
+        return None
+    answers, points = clean.copy(), [CurvePoint(0.0, accuracy_of(clean.correct))]
+    for threat_model in radii:
+        attack = PGD(threat_model, steps=CURVE_STEPS, seed=seed)
+        stages.attack(f"{attack} at {threat_model}", attack, threat_model, answers)
+        points.append(CurvePoint(threat_model.eps, accuracy_of(answers.correct)))
+    return RobustnessCurve(str(attack), points)
+
+
+def _measure_corruptions(stages: Stages, names: list[str], seed: int) -> list[CorruptionResult]:
+    found = []
+    for name in names:
+        for severity in SEVERITIES:
+
+            def change(pixels: Tensor, rows: list[int], name: str = name, severity: int = severity) -> Tensor:
+                return corrupted(pixels, name, severity, seed, rows)
+
+            answers = stages.change(f"{name}, severity {severity}", change)
+            found.append(CorruptionResult(name, severity, accuracy_of(answers.correct)))
+    return found
+
+
+def accuracy_of(correct: Tensor) -> Accuracy:
+    """The share of images, N, that are right."""
+    return Accuracy.from_counts(int(correct.sum()), len(correct))
+
+
+def _routes(model: nn.Module, route: str) -> list[str]:
+    """The routes to measure, the one that the report is about first."""
+    if route != "both":
+        return [route]
+    routes = getattr(model, "routes", ())
+    if len(routes) < 2:
+        what = f"has {', '.join(routes)} alone" if routes else "is no AutoLoraModel"
+        raise ValueError(f"`route='both'` needs a model with two routes, but this one {what}. Leave `route` out.")
+    return list(routes[:2])
+
+
+def _corruptions(corruptions: bool | Sequence[str]) -> list[str]:
+    """Their names; all that is needed for them is checked."""
+    if corruptions is False:
+        return []
+    if isinstance(corruptions, str) or not (corruptions is True or corruptions):
+        raise ValueError(f"`corruptions` must be True, False or a list of names, got {corruptions!r}.")
+    names = list(CORRUPTIONS if corruptions is True else dict.fromkeys(corruptions))
+    for name in names:
+        check_corruption(name, SEVERITIES[0])
+    load_library()
+    return names
+
+
+def _class_names(model: nn.Module, samples: Samples, num_classes: int) -> list[str] | None:
+    names = getattr(model, "label_names", None) or getattr(samples.source, "class_names", None)
+    return list(names) if names and len(names) == num_classes else None
 
 
 def _resolve_threat_model(model: nn.Module, threat_model: ThreatModel | None) -> ThreatModel:
@@ -177,84 +314,6 @@ def _resolve_threat_model(model: nn.Module, threat_model: ThreatModel | None) ->
     return threat_model
 
 
-@dataclass(frozen=True)
-class _FirstPass:
-    """PGD on a copy of the model in bfloat16."""
-
-    attack: PGD
-    copy: AttackView
-
-    def __str__(self) -> str:
-        return f"{self.attack} in bfloat16"
-
-    def __call__(self, model: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
-        return self.attack(self.copy, pixels, labels)
-
-
-def _check_attacks(requested: list[Any], threat_model: ThreatModel, model: nn.Module) -> None:
-    if not requested:
-        raise ValueError("`attack` is an empty list.")
-    if FIRST_PASS in requested:
-        if not isinstance(model, AutoLoraModel):
-            raise ValueError(
-                f"`attack={FIRST_PASS!r}` makes a copy of the model in bfloat16, which it knows how to do for an "
-                f"AutoLoraModel only, got {type(model).__name__}. Leave it out."
-            )
-        if requested[0] != FIRST_PASS or requested.count(FIRST_PASS) > 1 or len(requested) == 1:
-            raise ValueError(
-                f"{FIRST_PASS!r} is a first pass before other attacks: put it first and once, for instance "
-                f"`attack=[{FIRST_PASS!r}, 'autoattack']`."
-            )
-    for entry in requested:
-        if isinstance(entry, PGD):
-            if entry.threat_model != threat_model:
-                raise ValueError(f"{entry} attacks under {entry.threat_model}, the evaluation under {threat_model}.")
-            if entry.loss == "targeted":
-                raise ValueError("PGD with `loss='targeted'` takes classes to reach, not labels; use 'ce' or 'kl'.")
-        elif not callable(entry) and entry not in ("autoattack", "pgd", FIRST_PASS):
-            raise ValueError(
-                f"`attack` must be 'autoattack', 'pgd', a PGD, a callable or a list of these, got {entry!r}."
-            )
-
-
-def _resolve_attacks(
-    requested: list[Any], threat_model: ThreatModel, num_classes: int, image_size: tuple[int, int], seed: int
-) -> tuple[list[Attack], dict[str, str]]:
-    attacks, left_out = [], {}
-    for entry in requested:
-        if entry == "autoattack":
-            components, left_out = autoattack_components(threat_model, num_classes, image_size, seed)
-            attacks.extend(components)
-        else:
-            attacks.append(PGD(threat_model, seed=seed) if entry == "pgd" else entry)
-    return attacks, left_out
-
-
-def _name(attack: Attack) -> str:
-    if isinstance(attack, AutoAttackComponent):
-        return attack.name
-    return str(attack) if isinstance(attack, (PGD, _FirstPass)) else getattr(attack, "__name__", type(attack).__name__)
-
-
-def _describe(attacks: list[Attack], protocol: Protocol) -> str:
-    parts = [_name(entry) for entry in attacks if not isinstance(entry, AutoAttackComponent)]
-    components = ", ".join(str(entry) for entry in attacks if isinstance(entry, AutoAttackComponent))
-    if components:
-        parts.append(f"AutoAttack ({'standard' if protocol == 'autoattack' else 'reduced'}): {components}")
-    return " + ".join(parts)
-
-
-def _settings(requested: str | Attack, threat_model: ThreatModel, seed: int) -> dict[str, Any]:
-    """One attack as [`RobustnessReport.attack_settings`] records it."""
-    if requested in ("autoattack", FIRST_PASS):
-        return {"kind": requested}
-    attack = PGD(threat_model, seed=seed) if requested == "pgd" else requested
-    if type(attack) is not PGD:
-        return {"kind": "custom", "name": _name(attack)}
-    # The threat model and the whole evaluation have one field of their own.
-    return {"kind": "pgd", **{name: value for name, value in asdict(attack).items() if name != "threat_model"}}
-
-
 @torch.no_grad()
 def _count_classes(view: AttackView, pixels: Tensor) -> int:
     logits = view(pixels)
@@ -265,32 +324,32 @@ def _count_classes(view: AttackView, pixels: Tensor) -> int:
     return logits.shape[1]
 
 
-def _diagnose(view: AttackView, samples: Samples, correct: Tensor) -> list[str]:
-    """Reasons to doubt gradient-based attacks, from one batch of clean images that are classified correctly."""
-    batches = samples.split(correct.nonzero().squeeze(1))
-    if not batches:
-        return []
-    pixels, labels = samples.read(batches[0], view.device)
-    notes = []
-    logits = view(pixels.requires_grad_(True))
-    (gradient,) = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), pixels)
-    flat = int((gradient.flatten(1).abs().amax(1) == 0).sum())
-    if flat:
-        notes.append(
-            f"The input gradient is exactly zero for {flat} of {len(pixels)} clean images: gradient masking "
-            "suspected, gradient-based attacks cannot be trusted here."
-        )
-    with torch.no_grad():
-        again = view(pixels)
-        if (F.normalize(again) - F.normalize(logits)).norm(dim=1).max() > 1e-4:
-            notes.append(
-                "The logits change from pass to pass in eval mode: attacks on a randomised model need to average over "
-                "its randomness, so robust accuracy is overstated."
-            )
-        sums = logits.sum(1)
-        if logits.min() >= 0 and logits.max() <= 1 and torch.allclose(sums, torch.ones_like(sums), atol=1e-5):
-            notes.append("The outputs look like probabilities. Attacks need logits: leave out the softmax.")
-    return notes
+def _diagnose(
+    view: AttackView,
+    target: AttackView,
+    samples: Samples,
+    correct: Tensor,
+    threat_model: ThreatModel,
+    num_classes: int,
+    seed: int,
+) -> list[Finding]:
+    """Diagnostics of gradient masking, on a few clean images that are classified correctly, spread over the data."""
+    rows = correct.nonzero().squeeze(1)
+    chosen = rows[:: max(1, -(-len(rows) // DIAGNOSED))] if len(rows) else torch.tensor([0])
+    pixels, labels = samples.read(chosen, view.device)
+    if not len(rows):
+        pixels, labels = pixels[:0], labels[:0]
+    return gradient_masking_findings(view, target, pixels, labels, threat_model, num_classes, seed)
+
+
+@torch.no_grad()
+def _note_probabilities(view: AttackView, samples: Samples) -> list[str]:
+    pixels, _ = samples.read(torch.arange(min(len(samples), samples.batch_size)), view.device)
+    logits = view(pixels)
+    sums = logits.sum(1)
+    if logits.min() >= 0 and logits.max() <= 1 and torch.allclose(sums, torch.ones_like(sums), atol=1e-5):
+        return ["The outputs look like probabilities. Attacks need logits: leave out the softmax."]
+    return []
 
 
 @contextmanager
@@ -311,7 +370,7 @@ def _versions() -> dict[str, str]:
     from .. import __version__
 
     found = {"autolora_hf": __version__, "python": platform.python_version()}
-    for package in ("torch", "timm", "transformers", "peft", "pyautoattack", "numpy"):
+    for package in _VERSIONS:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -26,8 +26,7 @@ from ..attacks.pgd import forget_cached
 from ..config import AutoLoraConfig
 from ..data import same_data
 from ..digests import backbone_digest
-from ..evaluation import RobustnessReport, evaluate_robustness
-from ..evaluation.report import Accuracy
+from ..evaluation import Accuracy, RobustnessReport, evaluate_robustness
 from ..factory import get_autolora_model
 from ..layers import branch_parameters
 from ..modeling import AutoLoraModel

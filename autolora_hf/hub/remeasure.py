@@ -22,7 +22,7 @@ from ..evaluation.comparison import (
     unpaired_detectable_drop,
     unpaired_p_value,
 )
-from ..evaluation.report import percent
+from ..evaluation.report_text import percent
 from ..modeling import AutoLoraModel
 from .claims import rebuild_attack
 

@@ -16,7 +16,7 @@ from torch import nn
 from .. import saving
 from ..download import commit_of, download
 from ..evaluation import Accuracy, RobustnessReport
-from ..evaluation.report import aligned_table, item_line
+from ..evaluation.report_text import aligned_table, item_line
 from ..factory import load_autolora_model
 from ..files import inside, write_json
 from ..modeling import AutoLoraModel

@@ -1,0 +1,68 @@
+"""How far an evaluation is, and how long it still takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..attacks import PGD
+from .autoattack import AutoAttackComponent
+
+
+class StageBar:
+    """The progress bar of one stage.
+
+    One batch of AutoAttack takes thousands of passes, so the bar moves within batches too.
+
+    Args:
+        name (`str`): What is running.
+        sizes (`list[int]`): Images of each batch.
+        passes (`int`, *optional*): Forward passes that a batch takes at most. `None`: not known.
+        correct (`Tensor`, *optional*): Which images are still classified correctly, N; read whenever the bar is drawn.
+        is_shown (`bool`): Draw it.
+    """
+
+    def __init__(
+        self, name: str, sizes: list[int], passes: int | None, correct: Tensor | None, is_shown: bool
+    ) -> None:
+        self.sizes, self.passes, self.correct = sizes, passes, correct
+        self._finished, self._passes, self._shown = set(), 0, time.monotonic()
+        form = "{l_bar}{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+        self._bar = tqdm(total=sum(sizes), desc=name, unit="image", disable=not is_shown, bar_format=form)
+
+    def __enter__(self) -> StageBar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def finish(self, batches: Iterable[int]) -> None:
+        """Some batches are done."""
+        self._finished.update(batches)
+        self._passes = 0
+        self._move(0.0)
+
+    def on_pass(self) -> None:
+        """The model was run on a batch that is under way."""
+        self._passes += 1
+        if time.monotonic() - self._shown > 1:
+            self._shown = time.monotonic()
+            if self.correct is not None:
+                self._bar.set_postfix_str(f"robust {self.correct.double().mean():.1%}", refresh=False)
+            self._move(0.0 if self.passes is None else min(1.0, self._passes / self.passes))
+
+    def _move(self, share: float) -> None:
+        left = next((size for index, size in enumerate(self.sizes) if index not in self._finished), 0)
+        self._bar.n = sum(self.sizes[index] for index in self._finished) + share * left
+        self._bar.refresh()
+
+
+def passes_of(attack: Any) -> int | None:
+    """Forward passes that one batch takes at most, or `None` of an attack that is not known."""
+    if isinstance(attack, PGD):
+        return attack.restarts * (attack.steps + 1)
+    return attack.passes if isinstance(attack, AutoAttackComponent) else None

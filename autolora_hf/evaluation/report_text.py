@@ -1,0 +1,100 @@
+"""A report as text, and what follows from its figures alone."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from .report import RobustnessReport
+
+
+# Below this many images the 95 % interval is wider than ten points around the accuracies that occur in practice.
+MIN_SAMPLES = 200
+
+
+def report_text(report: RobustnessReport) -> str:
+    """Tables of what was measured, with the warnings."""
+    used = len(report.sample_indices)
+    samples = f"{used:,} of {report.dataset_size:,}" if used < report.dataset_size else f"all {used:,}"
+    head = {
+        "threat model": str(report.threat_model),
+        "attack": report.attack,
+        "images": f"{samples}, {report.num_classes} classes, seed {report.seed}",
+        "route": report.route,
+        "ran": f"{report.seconds:.1f} s on {report.device}",
+        "versions": ", ".join(f"{name} {version}" for name, version in report.versions.items()),
+    }
+    blocks = ["\n".join(item_line(name, text) for name, text in head.items() if text)]
+    rows = [["", "accuracy", "95 % interval", "correct"]]
+    for name, accuracy in (("natural", report.natural), ("robust", report.robust)):
+        interval = f"[{percent(accuracy.low)}, {percent(accuracy.high)}]"
+        rows.append([name, percent(accuracy.value), interval, f"{accuracy.correct} / {accuracy.total}"])
+    blocks.append(aligned_table(rows))
+    rows = [["after", "accuracy", "broken", "seconds"]]
+    for row in report.attacks:
+        if row.left_out is None:
+            rows.append([row.name, percent(row.accuracy), f"{row.broken} of {row.attacked}", f"{row.seconds:.1f}"])
+    blocks.append(aligned_table(rows))
+    if report.left_out:
+        blocks.append("\n".join(item_line("not run", f"{name}: {why}") for name, why in report.left_out.items()))
+    if report.warnings:
+        blocks.append("\n".join(item_line("warning", text) for text in report.warnings))
+    return "\n\n".join(blocks)
+
+
+def standard_warnings(report: RobustnessReport) -> list[str]:
+    """What follows from the figures of a report alone."""
+    found = []
+    natural, robust = report.natural, report.robust
+    if robust.value > natural.value:
+        found.append(
+            f"Robust accuracy ({robust.value:.2%}) is above natural accuracy ({natural.value:.2%}), which is "
+            "impossible on the same images: the two do not belong together."
+        )
+    if report.protocol == "custom":
+        found.append(
+            f"{report.attack}: a training signal, not a figure to publish. Such attacks overstate robustness; run "
+            "`attack='autoattack'`."
+        )
+    if report.protocol == "autoattack-reduced":
+        found.append(
+            f"AutoAttack without {', '.join(report.left_out)}: name the attacks that ran wherever the figure is used."
+        )
+    if robust.total < MIN_SAMPLES:
+        found.append(
+            f"Only {robust.total} images: the 95 % interval of robust accuracy is "
+            f"{100 * (robust.high - robust.low):.0f} points wide."
+        )
+    square = next((row for row in report.attacks if row.name == "Square"), None)
+    # The rule of the AutoAttack authors (0.2 points), but one image of a small sample is chance.
+    if square is not None and square.broken > max(1, math.floor(0.002 * robust.total)):
+        found.append(
+            f"Square, which uses no gradients, broke {square.broken} images that the gradient-based attacks had not: "
+            "gradient masking suspected, the true robust accuracy may be lower."
+        )
+    return found
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
+def item_line(name: str, text: str) -> str:
+    return textwrap.fill(text, 100, initial_indent=f"{name:<14}", subsequent_indent=" " * 14)
+
+
+def aligned_table(rows: list[list[str]]) -> str:
+    """Aligned columns: the first to the left, the others to the right."""
+    widths = [max(12, *(len(row[column]) for row in rows)) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            row[0].ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+        ]
+        lines.append("  ".join(cells))
+    lines.insert(1, "-" * len(lines[0]))
+    return "\n".join(lines)
