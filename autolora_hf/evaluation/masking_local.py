@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..attacks import PGD
 from ..attacks.pgd import Ball
-from .masking_subject import LEVEL, Finding, Rescaled, Subject, exceeds, finding, logit_margins, several, sign_test
+from .masking_subject import LEVEL, Finding, Subject, exceeds, finding, logit_margins, several, sign_test
 
 
 # Lengths of the steps of numeric derivatives, in [0, 1] pixels: the function may be curved at the long ones and drown
@@ -30,9 +33,9 @@ def zero_gradients(subject: Subject) -> Finding:
     more = fewer = 0
     if underflown.any():
         rows = underflown.nonzero().squeeze(1)
-        attack, start = PGD(subject.threat_model), subject.random_images(0)[rows]
-        images = attack(Rescaled(subject.target), subject.pixels[rows], subject.labels[rows], start=start)
-        rescaled, plain = subject.margins(images, rows) <= 0, subject.attacked[10][rows] <= 0
+        start = subject.random_images(0)[rows]
+        rescaled = subject.attack(PGD(subject.threat_model), rows, start, rescaled=True)[1] <= 0
+        plain = subject.attacked[10][rows] <= 0
         subject.ever_broken[rows] |= rescaled
         more, fewer = rescaled & ~plain, plain & ~rescaled
         hidden = sign_test(more, fewer) <= LEVEL
@@ -72,21 +75,14 @@ def finite_differences(subject: Subject) -> Finding:
         return Finding(
             name, "not run", "The model is in half precision, whose rounding errors hide small differences."
         )
-    centre = subject.pixels.clamp(LENGTHS[0], 1 - LENGTHS[0]).requires_grad_(True)
-    (gradient,) = torch.autograd.grad(logit_margins(subject.target(centre), subject.labels).sum(), centre)
-    centre, gradient = centre.detach(), gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-    random = _random_signs(subject, 2)
-    direction = torch.where(gradient.flatten(1).any(1).view(-1, 1, 1, 1), gradient.sign(), random)
-    claimed = (gradient.double() * direction).flatten(1).sum(1)
+    with _full_precision():
+        claimed, changes = _derivatives(subject)
     # Differences of logits are exact to a few roundings of the largest one.
-    rounding = 1e-5 * subject.clean.abs().amax(1)
+    rounding = 2e-6 * subject.clean.abs().amax(1)
     judged, agrees = torch.zeros_like(subject.ever_broken), torch.zeros_like(subject.ever_broken)
     error = torch.full_like(claimed, torch.inf)
-    for length in LENGTHS:
-        ahead, behind = (
-            logit_margins(subject.logits(centre + sign * length * direction), subject.labels) for sign in (1, -1)
-        )
-        change, expected = (ahead - behind).double(), 2 * length * claimed
+    for length, change in zip(LENGTHS, changes, strict=True):
+        expected = 2 * length * claimed
         size = torch.maximum(change.abs(), expected.abs())
         visible = size > 20 * rounding
         gap = torch.where(visible, (change - expected).abs() / size.clamp(min=1e-30), torch.inf)
@@ -108,6 +104,36 @@ def finite_differences(subject: Subject) -> Finding:
         images=seen,
         median_relative_error=worst,
     )
+
+
+def _derivatives(subject: Subject) -> tuple[Tensor, list[Tensor]]:
+    """The derivative of the margin along some direction by autograd, N, and its change over twice each length, N."""
+    centre = subject.pixels.clamp(LENGTHS[0], 1 - LENGTHS[0]).requires_grad_(True)
+    (gradient,) = torch.autograd.grad(logit_margins(subject.target(centre), subject.labels).sum(), centre)
+    centre, gradient = centre.detach(), gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    has_gradient = gradient.flatten(1).any(1).view(-1, 1, 1, 1)
+    direction = torch.where(has_gradient, gradient.sign(), _random_signs(subject, 2))
+    changes = []
+    for length in LENGTHS:
+        ahead, behind = (
+            logit_margins(subject.logits(centre + signed * direction), subject.labels) for signed in (length, -length)
+        )
+        changes.append((ahead - behind).double())
+    return (gradient.double() * direction).flatten(1).sum(1), changes
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Without TF32, whose rounding on GPUs hides small differences."""
+    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
 
 
 def repeatability(subject: Subject) -> Finding:
@@ -196,32 +222,42 @@ def loss_landscape(subject: Subject) -> Finding:
     losses = F.cross_entropy(subject.target(near), subject.labels, reduction="sum")
     cosines = torch.cosine_similarity(torch.autograd.grad(losses, near)[0].flatten(1), gradients.flatten(1))
     cosine = float(cosines.nan_to_num().median())
-    step = subject.threat_model.eps / 4
-    along = _step(subject, gradients, step)
-    at_start = logit_margins(subject.clean, subject.labels)
-    random = torch.stack([_step(subject, _random_signs(subject, 4 + n), step) for n in range(DIRECTIONS)])
-    gains, best_random = at_start - along, (at_start - random).amax(0)
-    leads = int(((gains > 0) & (gains >= best_random)).sum())
+    ball, step = Ball(subject.pixels, subject.threat_model), subject.threat_model.eps / 4
+    directions = [gradients, *(_random_signs(subject, 4 + number) for number in range(DIRECTIONS))]
+    leads, gains = torch.zeros_like(subject.ever_broken), []
+    # Either measure will do: the cross-entropy is blind where it underflows, and where many classes are close its
+    # gradient need not be that of the margin.
+    for measure in (_negative_margins, _losses):
+        before = measure(subject.clean, subject.labels)
+        along, *random = (
+            measure(subject.logits(ball.ascend(subject.pixels, direction, step)), subject.labels) - before
+            for direction in directions
+        )
+        leads |= (along > 0) & (along >= torch.stack(random).amax(0))
+        gains.append(float(along.median()))
+    count = int(leads.sum())
     return finding(
         "loss landscape",
-        # A useless gradient leads for one image in six.
-        several(len(subject) - leads, len(subject)) and 2 * leads < len(subject),
-        f"A step along the gradient lowers the margin more than {DIRECTIONS} random steps of its length for "
-        f"{leads} of {len(subject)} images, and gradients at neighbouring points have a median cosine of {cosine:.2f}",
+        # Of useless gradients, one in six leads by chance in either measure.
+        exceeds(len(subject) - count, len(subject), 0.5),
+        f"A step along the gradient raises the loss more than {DIRECTIONS} random steps of its length for {count} of "
+        f"{len(subject)} images, and gradients at neighbouring points have a median cosine of {cosine:.2f}",
         "the landscape is too flat or too rugged for gradients, so use gradients averaged over noise and attacks "
         "without gradients",
-        leads=leads,
+        leads=count,
         images=len(subject),
         median_cosine=cosine,
-        median_gain=float(gains.median()),
-        median_best_random_gain=float(best_random.median()),
+        median_margin_lost=gains[0],
+        median_loss_gained=gains[1],
     )
 
 
-def _step(subject: Subject, direction: Tensor, length: float) -> Tensor:
-    """Margins after one attack step, N, also in the norm of the threat model."""
-    images = Ball(subject.pixels, subject.threat_model).ascend(subject.pixels, direction, length)
-    return logit_margins(subject.logits(images), subject.labels)
+def _negative_margins(logits: Tensor, labels: Tensor) -> Tensor:
+    return -logit_margins(logits, labels)
+
+
+def _losses(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels, reduction="none")
 
 
 def _random_signs(subject: Subject, number: int) -> Tensor:

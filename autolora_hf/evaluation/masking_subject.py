@@ -111,15 +111,20 @@ class Subject:
         # `argmax` decides between equal logits.
         return torch.where(hits(logits, labels), found.clamp(min=torch.finfo(found.dtype).tiny), found.clamp(max=0))
 
-    def attack(self, attack: PGD, rows: Tensor, start: Tensor | None = None, number: int = 0) -> tuple[Tensor, Tensor]:
+    def attack(self, attack: PGD, rows: Tensor, start: Tensor, *, rescaled: bool = False) -> tuple[Tensor, Tensor]:
         """Runs PGD on some of the images, on the copy that attacks search on.
+
+        Args:
+            attack (`PGD`): Its settings.
+            rows (`Tensor`): Positions of the images.
+            start (`Tensor`): First iterates.
+            rescaled (`bool`): Attack logits whose range is always 10, of which the cross-entropy lowers the margin.
 
         Returns:
             The images, and what [`margins`] says of them.
         """
-        pixels = attack(
-            self.target, self.pixels[rows], self.labels[rows], start=start, generator=self.generator(number)
-        )
+        target = _Rescaled(self.target) if rescaled else self.target
+        pixels = attack(target, self.pixels[rows], self.labels[rows], start=start)
         return pixels, self.margins(pixels, rows)
 
     @cached_property
@@ -168,7 +173,7 @@ class Subject:
         return (predicted[None] != self.labels[:, None]).any(1)
 
 
-class Rescaled(nn.Module):
+class _Rescaled(nn.Module):
     """Logits whose range is always 10, so that their cross-entropy neither underflows nor saturates."""
 
     def __init__(self, view: AttackView) -> None:
