@@ -1,0 +1,330 @@
+"""Gradient-masking diagnostics: known bad defences around trained models are caught, honest models are not suspected."""
+
+import json
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from autolora_hf.config import ThreatModel
+from autolora_hf.data import as_pixel_dataset, stratified_subset
+from autolora_hf.evaluation import AttackView
+from autolora_hf.evaluation.gradient_masking import CHECKS, gradient_masking_findings
+from autolora_hf.frozen import FrozenRoute
+from autolora_hf.quickstart import QuickstartSettings, load_digits, train_on_digits
+from tests import tiny_models
+
+
+LINF = ThreatModel("linf", 0.1)
+IMAGES = 48
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """Pixels and labels of some test digits for a model."""
+    test = load_digits()["test"]
+    chosen = stratified_subset(test["label"], IMAGES, 0)
+
+    def read(model):
+        items = [as_pixel_dataset(test, model.preprocessing)[index] for index in chosen]
+        pixels = torch.stack([item["pixel_values"] for item in items])
+        return pixels, torch.tensor([item["labels"] for item in items])
+
+    return read
+
+
+def trained(objective, folder, **settings):
+    settings = QuickstartSettings(epochs=3, train_images=500, **settings)
+    return train_on_digits(objective, settings, folder, quiet=True).model.eval()
+
+
+@pytest.fixture(scope="module")
+def robust(tmp_path_factory):
+    """The shipped backbone, adversarially fine-tuned with adapters: BatchNorm, about 60 % robust accuracy."""
+    return trained("autolora", tmp_path_factory.mktemp("robust"))
+
+
+@pytest.fixture(scope="module")
+def natural(tmp_path_factory):
+    """The same backbone after natural fine-tuning in full: no robustness."""
+    return trained("natural", tmp_path_factory.mktemp("natural"), mode="full")
+
+
+def diagnose(model, data, threat_model=LINF, target=None, num_classes=10, **options):
+    view = AttackView(model)
+    target = view if target is None else AttackView(target)
+    return gradient_masking_findings(view, target, *data, threat_model, num_classes, **options)
+
+
+def failed(findings):
+    return {found.name for found in findings if found.outcome == "failed"}
+
+
+def assert_all_passed(findings):
+    assert [found.name for found in findings] == list(CHECKS)
+    assert [found for found in findings if found.outcome != "passed"] == []
+
+
+@pytest.mark.parametrize("threat_model", [LINF, ThreatModel("l2", 1.0)], ids=str)
+def test_honest_robust_model(robust, digits, threat_model):
+    findings = diagnose(robust, digits(robust), threat_model, FrozenRoute(robust))
+    assert_all_passed(findings)
+    accuracies = next(found for found in findings if found.name == "more steps").figures["accuracies"]
+    assert accuracies[-1] > 0.3, "a model of no robustness would say nothing about false alarms"
+
+
+def test_honest_natural_model(natural, digits):
+    assert_all_passed(diagnose(natural, digits(natural), LINF, FrozenRoute(natural)))
+
+
+@pytest.mark.parametrize("name", tiny_models.MODELS)
+@pytest.mark.parametrize(("num_classes", "one_class"), [(2, True), (4, False), (200, False)])
+def test_untrained_models_with_few_and_many_classes(name, num_classes, one_class):
+    """ResNets and ViTs of both libraries; whatever they predict is right."""
+    model, pixels = tiny_models.MODELS[name].adapted(num_classes, mode="adapter"), tiny_models.pixels(32)
+    with torch.no_grad():
+        labels = AttackView(model)(pixels).argmax(1)
+    labels = labels.mode()[0].expand(len(pixels)) if one_class else labels
+    findings = diagnose(model, (pixels, labels), LINF, FrozenRoute(model), num_classes)
+    assert_all_passed(findings)
+
+
+def test_half_precision_is_no_gradient_masking(robust, digits):
+    findings = diagnose(FrozenRoute(robust, dtype=torch.bfloat16), digits(robust))
+    assert failed(findings) == set()
+    assert {found.name for found in findings if found.outcome == "not run"} == {"finite differences"}
+
+
+class Defence(nn.Module):
+    """A wrapper around an honest model that is hard to attack without being robust."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+
+class QuantisedInput(Defence):
+    """Three bits a pixel."""
+
+    def forward(self, pixels):
+        return self.model((pixels * 7).round() / 7)
+
+
+class SaturatedLogits(Defence):
+    def forward(self, pixels):
+        return self.model(pixels) * 1e4
+
+
+class RandomisedLayer(Defence):
+    def forward(self, pixels):
+        return self.model(pixels + 0.02 * torch.randn_like(pixels))
+
+
+class RandomisedLogits(Defence):
+    def forward(self, pixels):
+        logits = self.model(pixels)
+        return logits + 0.01 * torch.randn_like(logits)
+
+
+class StoppedGradient(Defence):
+    def forward(self, pixels):
+        return self.model(pixels).detach()
+
+
+class FalseGradient(Defence):
+    """The gradient of a small random linear map in place of the model's own."""
+
+    def forward(self, pixels):
+        logits = self.model(pixels).detach()
+        weights = torch.randn(pixels[0].numel(), logits.shape[1], generator=torch.Generator().manual_seed(0))
+        lie = 1e-3 * pixels.flatten(1) @ weights
+        return logits + lie - lie.detach()
+
+
+class ReversedGradient(Defence):
+    def forward(self, pixels):
+        logits = self.model(pixels)
+        return 2 * logits.detach() - logits
+
+
+class StraightThroughQuantisation(Defence):
+    def forward(self, pixels):
+        return self.model(pixels + ((pixels * 7).round() / 7 - pixels).detach())
+
+
+class ShatteredGradient(Defence):
+    """True gradients that change their sign every thousandth."""
+
+    def forward(self, pixels):
+        return self.model(pixels + 0.02 * torch.sin(2000 * pixels))
+
+
+class VanishingGradient(Defence):
+    """A sigmoid so steep that hardly a pixel has a gradient left."""
+
+    def forward(self, pixels):
+        return self.model(torch.sigmoid(200 * (pixels - 0.5)))
+
+
+class BatchStatistics(Defence):
+    """A norm that was left on the statistics of the batch, and goes on updating its running ones."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.register_buffer("running_mean", torch.zeros(3))
+        self.register_buffer("running_var", torch.ones(3))
+
+    def forward(self, pixels):
+        normed = nn.functional.batch_norm(pixels, self.running_mean, self.running_var, training=True)
+        return self.model(0.3 * normed + 0.13)
+
+
+# What each defence must trip; it may trip more.
+ON_ROBUST = {
+    QuantisedInput: {"zero gradients", "finite differences", "random noise", "black box", "unbounded attack"},
+    SaturatedLogits: {"zero gradients", "random noise", "large epsilon", "unbounded attack", "loss landscape"},
+    RandomisedLayer: {"repeatability"},
+    RandomisedLogits: {"repeatability"},
+    StoppedGradient: {"zero gradients", "finite differences", "random noise", "black box", "loss landscape"},
+    FalseGradient: {"finite differences", "black box", "large epsilon", "unbounded attack", "loss landscape"},
+    ReversedGradient: {"finite differences", "random noise", "large epsilon", "loss landscape"},
+    StraightThroughQuantisation: {"finite differences"},
+    ShatteredGradient: {"black box", "large epsilon"},
+    VanishingGradient: {"large epsilon", "unbounded attack"},
+    BatchStatistics: {"single image"},
+}
+
+
+@pytest.mark.parametrize("defence", ON_ROBUST, ids=lambda defence: defence.__name__)
+def test_known_bad_defences_are_caught(robust, digits, defence):
+    findings = diagnose(defence(FrozenRoute(robust)), digits(robust))
+    assert [found.name for found in findings] == list(CHECKS)
+    assert failed(findings) >= ON_ROBUST[defence]
+
+
+def test_more_steps_that_help_the_model_are_noticed(natural, digits):
+    findings = diagnose(ReversedGradient(FrozenRoute(natural)), digits(natural), ThreatModel("linf", 0.3))
+    assert "more steps" in failed(findings)
+
+
+def test_results_that_depend_on_the_start_are_noticed(natural, digits):
+    findings = diagnose(StoppedGradient(FrozenRoute(natural)), digits(natural), ThreatModel("linf", 0.2))
+    assert "restarts" in failed(findings)
+
+
+def test_attack_on_another_route_or_norm_mode_is_noticed(robust, digits):
+    data = digits(robust)
+    assert "attacked route" in failed(diagnose(robust, data, target=FrozenRoute(robust, "natural")))
+    batch_mode = BatchStatistics(FrozenRoute(robust))
+    assert "attacked route" in failed(diagnose(FrozenRoute(robust), data, target=batch_mode))
+
+
+class NotAlone(Defence):
+    def forward(self, pixels):
+        if len(pixels) == 1:
+            raise ValueError("Expected more than 1 value per channel")
+        return self.model(pixels)
+
+
+def test_a_model_that_takes_no_single_image_is_noticed(natural, digits):
+    findings = diagnose(NotAlone(FrozenRoute(natural)), digits(natural))
+    assert failed(findings) == {"single image"}
+    assert "more than 1 value per channel" in findings[list(CHECKS).index("single image")].sentence
+
+
+class Linear(nn.Module):
+    """Classes are the colours of the first pixel, with a bias that no image of class 0 can overcome."""
+
+    def __init__(self, bias=0.0):
+        super().__init__()
+        self.register_buffer("bias", torch.tensor([bias, 0, 0]))
+
+    def forward(self, pixels):
+        return 10 * pixels[:, :, 0, 0] + self.bias
+
+
+def test_what_no_image_can_do_is_not_asked_of_an_attack():
+    pixels, labels = torch.rand(20, 3, 8, 8), torch.zeros(20, dtype=torch.long)
+    findings = {found.name: found for found in diagnose(Linear(bias=11.0), (pixels, labels), num_classes=3)}
+    assert failed(findings.values()) == set()
+    for name in ("large epsilon", "unbounded attack"):
+        assert findings[name].outcome == "not run"
+        assert "no image is known that the model classifies otherwise" in findings[name].sentence
+
+
+def test_nothing_to_diagnose():
+    pixels, labels = torch.full((4, 3, 8, 8), 0.5), torch.zeros(4, dtype=torch.long)
+    pixels[:, 1] = 0.9
+    for data in ((pixels, labels), (pixels[:0], labels[:0])):
+        findings = diagnose(Linear(), data, num_classes=3)
+        assert [found.name for found in findings] == list(CHECKS)
+        assert {found.outcome for found in findings} == {"not run"}
+        assert "None of the given images is classified correctly" in findings[0].sentence
+    head_of_zeros = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+    nn.init.zeros_(head_of_zeros[1].weight), nn.init.zeros_(head_of_zeros[1].bias)
+    findings = diagnose(head_of_zeros, (pixels, labels), num_classes=3)
+    assert {found.outcome for found in findings} == {"not run"} and "same logits" in findings[0].sentence
+
+
+def test_one_image():
+    findings = diagnose(Linear(), (torch.full((1, 3, 8, 8), 0.5), torch.zeros(1, dtype=torch.long)), num_classes=3)
+    assert {found.name for found in findings if found.outcome == "not run"} == {"single image"}
+    assert failed(findings) == set()
+
+
+def test_without_the_library_square_is_not_run(monkeypatch):
+    pixels, labels = torch.full((4, 3, 8, 8), 0.5), torch.zeros(4, dtype=torch.long)
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    findings = {found.name: found for found in diagnose(Linear(), (pixels, labels), num_classes=3)}
+    assert findings["black box"].outcome == "not run" and "pip install" in findings["black box"].sentence
+    monkeypatch.undo()
+    l2 = diagnose(Linear(), (pixels[..., :4, :4], labels), ThreatModel("l2", 0.1), num_classes=3)
+    assert "cannot tile images of 4 x 4" in l2[list(CHECKS).index("black box")].sentence
+
+
+def test_sentences_and_figures(natural, digits):
+    for found in diagnose(StoppedGradient(FrozenRoute(natural)), digits(natural)):
+        assert found.sentence[0].isupper() and found.sentence.endswith(".") and "\n" not in found.sentence
+        json.dumps(found.figures, allow_nan=False)
+        for value in found.figures.values():
+            assert type(value) in (int, float) or all(type(entry) in (int, float) for entry in value)
+
+
+class Net(nn.Module):
+    """BatchNorm and dropout, and a norm that updates its running statistics in every pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Flatten())
+        self.head = nn.Linear(144, 4)
+
+    def forward(self, pixels):
+        return self.head(self.body(pixels))
+
+
+def test_leaves_no_trace():
+    model = BatchStatistics(Net()).train()
+    model.model.body[1].eval()
+    model.model.body[0].weight.requires_grad_(False)
+    model.model.head.weight.grad = torch.ones_like(model.model.head.weight)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    data = torch.rand(16, 3, 8, 8), torch.randint(0, 4, (16,))
+    given = [tensor.clone() for tensor in data]
+    torch.manual_seed(1), np.random.seed(1), random.seed(1)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    with torch.no_grad():
+        runs = [diagnose(model, data, num_classes=4, seed=seed) for seed in (3, 3)]
+
+    assert runs[0] == runs[1] and any(found.outcome == "passed" for found in runs[0])
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.array_equal(np.random.get_state()[1], before[1]) and random.getstate() == before[2]
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip(data, given, strict=True))
+    assert not model.model.body[0].weight.requires_grad and model.model.head.weight.requires_grad
+    assert torch.equal(model.model.head.weight.grad, torch.ones_like(model.model.head.weight))
+    assert model.model.head.bias.grad is None and not data[0].requires_grad
