@@ -24,15 +24,16 @@ class StageBar:
         passes (`int`, *optional*): Forward passes that a batch takes at most. `None`: not known.
         correct (`Tensor`, *optional*): Which images are still classified correctly, N; read whenever the bar is drawn.
         is_shown (`bool`): Draw it.
+        leave (`bool`): Leave it there when the stage is over.
     """
 
     def __init__(
-        self, name: str, sizes: list[int], passes: int | None, correct: Tensor | None, is_shown: bool
+        self, name: str, sizes: list[int], passes: int | None, correct: Tensor | None, is_shown: bool, leave: bool
     ) -> None:
         self.sizes, self.passes, self.correct = sizes, passes, correct
         self._finished, self._passes, self._shown = set(), 0, time.monotonic()
         form = "{l_bar}{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-        self._bar = tqdm(total=sum(sizes), desc=name, unit="image", disable=not is_shown, bar_format=form)
+        self._bar = tqdm(total=sum(sizes), desc=name, unit="image", disable=not is_shown, bar_format=form, leave=leave)
 
     def __enter__(self) -> StageBar:
         return self

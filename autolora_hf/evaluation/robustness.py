@@ -35,7 +35,7 @@ from .checkpoint import Checkpoint
 from .corruptions import CORRUPTIONS, SEVERITIES, check_corruptible, check_corruption, corrupted, load_library
 from .curve import CURVE_STEPS, CurvePoint, RobustnessCurve, curve_radii
 from .findings import Finding
-from .gradient_masking import DIAGNOSED, gradient_masking_findings
+from .gradient_masking import MAX_IMAGES, gradient_masking_findings
 from .identity import check_same, describe_evaluation, settings_in_words
 from .report import AttackResult, CorruptionResult, Protocol, RobustnessReport, RouteResult
 from .report_text import standard_warnings
@@ -335,7 +335,7 @@ def _diagnose(
 ) -> list[Finding]:
     """Diagnostics of gradient masking, on a few clean images that are classified correctly, spread over the data."""
     rows = correct.nonzero().squeeze(1)
-    chosen = rows[:: max(1, -(-len(rows) // DIAGNOSED))] if len(rows) else torch.tensor([0])
+    chosen = rows[:: max(1, -(-len(rows) // MAX_IMAGES))] if len(rows) else torch.tensor([0])
     pixels, labels = samples.read(chosen, view.device)
     if not len(rows):
         pixels, labels = pixels[:0], labels[:0]

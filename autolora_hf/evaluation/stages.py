@@ -219,7 +219,7 @@ class Stages:
         todo = [index for index in range(len(batches)) if index not in known]
         is_shown = self.progress and self.processes.is_main
         still = answers.correct if only_wrong else None
-        with StageBar(name, [len(batch) for batch in batches], passes, still, is_shown) as bar:
+        with StageBar(name, [len(batch) for batch in batches], passes, still, is_shown, leave=only_wrong) as bar:
             bar.finish(known)
             self.target.on_pass = bar.on_pass if is_shown else None
             try:

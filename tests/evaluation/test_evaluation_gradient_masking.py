@@ -1,4 +1,4 @@
-"""Gradient-masking diagnostics: known bad defences around trained models are caught, honest models are not suspected."""
+"""Gradient-masking diagnostics: known bad defences are caught, honest models are not suspected."""
 
 import json
 import random
