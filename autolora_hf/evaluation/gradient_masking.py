@@ -155,8 +155,8 @@ def restarts(subject: Subject) -> Finding:
     return finding(
         "restarts",
         exceeds(gained, total, 0.05),
-        f"{RESTARTS} random starts of PGD-10 instead of one lower accuracy on {total} images from {first / total:.0%} "
-        f"to {len(rows) / total:.0%}",
+        f"With {RESTARTS} random starts of PGD-10 instead of one, accuracy on {total} images falls from "
+        f"{first / total:.0%} to {len(rows) / total:.0%}",
         "the attack depends on where it starts, so use many restarts and more steps",
         accuracy_once=first / total,
         accuracy_restarted=len(rows) / total,
@@ -165,10 +165,7 @@ def restarts(subject: Subject) -> Finding:
 
 
 def black_box(subject: Subject) -> Finding:
-    """Whether Square, which needs no gradients, breaks images that withstood everything with gradients.
-
-    It asks the deployed model itself, not the copy that the others differentiate.
-    """
+    """Whether Square, which needs no gradients, breaks images that withstood everything with gradients."""
     name = "black box"
     size = tuple(subject.pixels.shape[-2:])
     try:
@@ -185,7 +182,7 @@ def black_box(subject: Subject) -> Finding:
     if len(rows):
         pixels, labels = subject.pixels[rows].contiguous(), subject.labels[rows]
         square = load_library().square.SquareAttack(
-            _Answering(subject.view, subject.num_classes),
+            _Answering(subject.target, subject.num_classes),
             norm=f"L{subject.threat_model.norm[1:]}",
             n_queries=QUERIES,
             eps=subject.threat_model.eps,
