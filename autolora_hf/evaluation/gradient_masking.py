@@ -155,8 +155,8 @@ def restarts(subject: Subject) -> Finding:
     return finding(
         "restarts",
         exceeds(gained, total, 0.05),
-        f"{RESTARTS} random starts of PGD-10 instead of one lower accuracy on {total} images from {first / total:.0%} "
-        f"to {len(rows) / total:.0%}",
+        f"With {RESTARTS} random starts of PGD-10 instead of one, accuracy on {total} images falls from "
+        f"{first / total:.0%} to {len(rows) / total:.0%}",
         "the attack depends on where it starts, so use many restarts and more steps",
         accuracy_once=first / total,
         accuracy_restarted=len(rows) / total,
@@ -165,10 +165,7 @@ def restarts(subject: Subject) -> Finding:
 
 
 def black_box(subject: Subject) -> Finding:
-    """Whether Square, which needs no gradients, breaks images that withstood everything with gradients.
-
-    It asks the deployed model itself, not the copy that the others differentiate.
-    """
+    """Whether Square, which needs no gradients, breaks images that withstood everything with gradients."""
     name = "black box"
     size = tuple(subject.pixels.shape[-2:])
     try:
@@ -177,32 +174,33 @@ def black_box(subject: Subject) -> Finding:
         return Finding(name, "not run", "Square needs the package pyautoattack: `pip install pyautoattack`.")
     if "Square" in left_out:
         return Finding(name, "not run", f"Square cannot run: {left_out['Square']}.")
-    rows, broken = (~subject.ever_broken).nonzero().squeeze(1), 0
+    rows, total = (~subject.ever_broken).nonzero().squeeze(1), len(subject)
     if len(rows):
         # Like Square this one lowers the margin, in small steps: what else it breaks, it does not owe to masking.
         fine = PGD(subject.threat_model, steps=20, step_size=subject.threat_model.eps / 10)
         rows = rows[subject.attack(fine, rows, subject.random_images(0)[rows], rescaled=True)[1] > 0]
-    if len(rows):
-        pixels, labels = subject.pixels[rows].contiguous(), subject.labels[rows]
-        square = load_library().square.SquareAttack(
-            _Answering(subject.view, subject.num_classes),
-            norm=f"L{subject.threat_model.norm[1:]}",
-            n_queries=QUERIES,
-            eps=subject.threat_model.eps,
-            seed=subject.seed,
-            device=pixels.device,
-        )
-        images = square.perturb(pixels, labels)
-        margins = subject.margins(verified(images, pixels, subject.threat_model, "Square"), rows)
-        broken = int((margins <= 0).sum())
+    if not len(rows):
+        return Finding(name, "passed", f"PGD breaks all {total} images, which leaves none for Square.")
+    pixels, labels = subject.pixels[rows].contiguous(), subject.labels[rows]
+    square = load_library().square.SquareAttack(
+        _Answering(subject.target, subject.num_classes),
+        norm=f"L{subject.threat_model.norm[1:]}",
+        n_queries=QUERIES,
+        eps=subject.threat_model.eps,
+        seed=subject.seed,
+        device=pixels.device,
+    )
+    images = verified(square.perturb(pixels, labels), pixels, subject.threat_model, "Square")
+    broken = int((subject.margins(images, rows) <= 0).sum())
     return finding(
         name,
-        exceeds(broken, len(rows), 0.02) if len(rows) else False,
-        f"Square with {QUERIES} queries and no gradients breaks {broken} of {len(rows)} images that withstood PGD",
+        exceeds(broken, len(rows), 0.02),
+        f"Square with {QUERIES} queries and no gradients breaks {broken} of the {len(rows)} of {total} images that "
+        "withstand PGD",
         "the gradients are masked, so robust accuracy is that of the black-box attack or lower",
         broken=broken,
         withstood_pgd=len(rows),
-        images=len(subject),
+        images=total,
         queries=QUERIES,
     )
 

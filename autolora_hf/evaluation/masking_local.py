@@ -16,7 +16,7 @@ from .masking_subject import LEVEL, Finding, Subject, exceeds, finding, logit_ma
 
 # Lengths of the steps of numeric derivatives, in [0, 1] pixels: the function may be curved at the long ones and drown
 # in rounding errors at the short ones, so one that agrees is enough.
-LENGTHS = (1e-2, 1e-3, 1e-4)
+LENGTHS = (1e-2, 1e-3, 1e-4, 1e-5)
 ALONE = 8
 DIRECTIONS = 5
 

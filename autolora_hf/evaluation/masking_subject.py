@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,33 +13,15 @@ from ..attacks import PGD
 from ..attacks.pgd import hits, random_perturbation
 from ..config import ThreatModel
 from .comparison import paired_p_value
+from .findings import Finding
 from .view import AttackView
 
-
-Outcome = Literal["passed", "failed", "not run"]
 
 # Largest probability of raising a false alarm by chance, of each check.
 LEVEL = 0.01
 # Numbers of steps after which one run of PGD is looked at.
 STEPS = (1, 5, 10, 50)
 RESTARTS = 5
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What one diagnostic found.
-
-    Args:
-        name (`str`): The check, such as `"zero gradients"`.
-        outcome (`str`): `"passed"`, `"failed"` (gradient-based attacks may overstate robustness) or `"not run"`.
-        sentence (`str`): One sentence: what was measured and, where it failed, what to do.
-        figures (`dict`): The numbers behind the sentence, as JSON types.
-    """
-
-    name: str
-    outcome: Outcome
-    sentence: str
-    figures: dict[str, float | int | list[float]] = field(default_factory=dict)
 
 
 def finding(name: str, failed: bool, found: str, advice: str = "", **figures: float | int | list[float]) -> Finding:

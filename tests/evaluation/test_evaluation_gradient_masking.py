@@ -1,4 +1,4 @@
-"""Gradient-masking diagnostics: known bad defences are caught, honest models are not suspected."""
+"""Gradient-masking diagnostics: bad defences around trained models are caught, honest models not suspected."""
 
 import json
 import random
@@ -19,7 +19,7 @@ from tests import tiny_models
 
 
 LINF = ThreatModel("linf", 0.1)
-IMAGES = 48
+IMAGES = 32
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,9 @@ def assert_all_passed(findings):
 
 @pytest.mark.parametrize("threat_model", [LINF, ThreatModel("l2", 1.0)], ids=str)
 def test_honest_robust_model(robust, digits, threat_model):
-    findings = diagnose(robust, digits(robust), threat_model, FrozenRoute(robust))
+    # One of them on the live model in adapter mode, whose passes take longer.
+    copy = FrozenRoute(robust)
+    findings = diagnose(robust if threat_model == LINF else copy, digits(robust), threat_model, copy)
     assert_all_passed(findings)
     accuracies = next(found for found in findings if found.name == "more steps").figures["accuracies"]
     assert accuracies[-1] > 0.3, "a model of no robustness would say nothing about false alarms"
@@ -81,10 +83,10 @@ def test_honest_natural_model(natural, digits):
 
 
 @pytest.mark.parametrize("name", tiny_models.MODELS)
-@pytest.mark.parametrize(("num_classes", "one_class"), [(2, True), (4, False), (200, False)])
+@pytest.mark.parametrize(("num_classes", "one_class"), [(2, True), (200, False)])
 def test_untrained_models_with_few_and_many_classes(name, num_classes, one_class):
     """ResNets and ViTs of both libraries; whatever they predict is right."""
-    model, pixels = tiny_models.MODELS[name].adapted(num_classes, mode="adapter"), tiny_models.pixels(32)
+    model, pixels = tiny_models.MODELS[name].adapted(num_classes, mode="adapter"), tiny_models.pixels(24)
     with torch.no_grad():
         labels = AttackView(model)(pixels).argmax(1)
     labels = labels.mode()[0].expand(len(pixels)) if one_class else labels
@@ -92,10 +94,13 @@ def test_untrained_models_with_few_and_many_classes(name, num_classes, one_class
     assert_all_passed(findings)
 
 
-def test_half_precision_is_no_gradient_masking(robust, digits):
-    findings = diagnose(FrozenRoute(robust, dtype=torch.bfloat16), digits(robust))
+def test_half_precision_is_no_gradient_masking():
+    model, pixels = tiny_models.MODELS["timm_vit"].fresh().bfloat16(), tiny_models.pixels(16)
+    with torch.no_grad():
+        labels = AttackView(model)(pixels).argmax(1)
+    findings = diagnose(model, (pixels, labels), num_classes=4)
+    assert {found.name for found in findings if found.outcome != "passed"} == {"finite differences"}
     assert failed(findings) == set()
-    assert {found.name for found in findings if found.outcome == "not run"} == {"finite differences"}
 
 
 class Defence(nn.Module):
@@ -104,6 +109,9 @@ class Defence(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
+
+    def forward(self, pixels):
+        return self.model(pixels)
 
 
 class QuantisedInput(Defence):
@@ -121,12 +129,6 @@ class SaturatedLogits(Defence):
 class RandomisedLayer(Defence):
     def forward(self, pixels):
         return self.model(pixels + 0.02 * torch.randn_like(pixels))
-
-
-class RandomisedLogits(Defence):
-    def forward(self, pixels):
-        logits = self.model(pixels)
-        return logits + 0.01 * torch.randn_like(logits)
 
 
 class StoppedGradient(Defence):
@@ -187,9 +189,8 @@ ON_ROBUST = {
     QuantisedInput: {"zero gradients", "finite differences", "random noise", "black box", "unbounded attack"},
     SaturatedLogits: {"zero gradients", "random noise", "large epsilon", "unbounded attack", "loss landscape"},
     RandomisedLayer: {"repeatability"},
-    RandomisedLogits: {"repeatability"},
     StoppedGradient: {"zero gradients", "finite differences", "random noise", "black box", "loss landscape"},
-    FalseGradient: {"finite differences", "black box", "large epsilon", "unbounded attack", "loss landscape"},
+    FalseGradient: {"finite differences", "black box", "unbounded attack"},
     ReversedGradient: {"finite differences", "random noise", "large epsilon", "loss landscape"},
     StraightThroughQuantisation: {"finite differences"},
     ShatteredGradient: {"black box", "large epsilon"},
@@ -205,21 +206,54 @@ def test_known_bad_defences_are_caught(robust, digits, defence):
     assert failed(findings) >= ON_ROBUST[defence]
 
 
-def test_more_steps_that_help_the_model_are_noticed(natural, digits):
-    findings = diagnose(ReversedGradient(FrozenRoute(natural)), digits(natural), ThreatModel("linf", 0.3))
-    assert "more steps" in failed(findings)
+class Overshooting(nn.Module):
+    """Fooled by images that are a little brighter, while its gradient always says: brighter still."""
+
+    def forward(self, pixels):
+        brighter = pixels.flatten(1).mean(1) - 0.5
+        margin = ((brighter - 0.05).abs() - 0.03).detach() - brighter + brighter.detach()
+        return torch.stack([margin, -margin], 1)
 
 
-def test_results_that_depend_on_the_start_are_noticed(natural, digits):
-    findings = diagnose(StoppedGradient(FrozenRoute(natural)), digits(natural), ThreatModel("linf", 0.2))
-    assert "restarts" in failed(findings)
+def test_more_steps_that_help_the_model_are_noticed():
+    data = torch.full((20, 3, 8, 8), 0.5), torch.zeros(20, dtype=torch.long)
+    findings = {found.name: found for found in diagnose(Overshooting(), data, num_classes=2)}
+    assert findings["more steps"].outcome == "failed"
+    first, *later = findings["more steps"].figures["accuracies"]
+    assert first < 0.5 and later == [1, 1, 1]
 
 
-def test_attack_on_another_route_or_norm_mode_is_noticed(robust, digits):
-    data = digits(robust)
-    assert "attacked route" in failed(diagnose(robust, data, target=FrozenRoute(robust, "natural")))
-    batch_mode = BatchStatistics(FrozenRoute(robust))
-    assert "attacked route" in failed(diagnose(FrozenRoute(robust), data, target=batch_mode))
+class FirstPixel(nn.Module):
+    """The class is the colour of the first pixel, with a bias in favour of the first."""
+
+    def __init__(self, bias=0.0):
+        super().__init__()
+        self.register_buffer("bias", torch.tensor([bias, 0, 0]))
+
+    def forward(self, pixels):
+        return 10 * pixels[:, :, 0, 0] + self.bias
+
+
+def test_results_that_depend_on_the_start_are_noticed():
+    data = torch.full((30, 3, 8, 8), 0.5), torch.zeros(30, dtype=torch.long)
+    findings = {found.name: found for found in diagnose(Defence(FirstPixel(0.7)), data, num_classes=3)}
+    assert findings["restarts"].outcome == "passed"
+    findings = {found.name: found for found in diagnose(StoppedGradient(FirstPixel(0.7)), data, num_classes=3)}
+    assert findings["restarts"].outcome == "failed"
+
+
+def test_attack_on_another_route_is_noticed(robust, digits):
+    findings = diagnose(FrozenRoute(robust), digits(robust), target=FrozenRoute(robust, "natural"))
+    assert "attacked route" in failed(findings)
+
+
+def test_attack_in_another_norm_mode_is_noticed():
+    model = tiny_models.MODELS["hf_resnet"].adapted(4)
+    pixels, deployed = tiny_models.pixels(16), FrozenRoute(model)
+    with torch.no_grad():
+        labels = deployed(pixels).argmax(1)
+    findings = diagnose(deployed, (pixels, labels), target=BatchStatistics(deployed), num_classes=4)
+    assert "attacked route" in failed(findings)
 
 
 class NotAlone(Defence):
@@ -235,20 +269,9 @@ def test_a_model_that_takes_no_single_image_is_noticed(natural, digits):
     assert "more than 1 value per channel" in findings[list(CHECKS).index("single image")].sentence
 
 
-class Linear(nn.Module):
-    """Classes are the colours of the first pixel, with a bias that no image of class 0 can overcome."""
-
-    def __init__(self, bias=0.0):
-        super().__init__()
-        self.register_buffer("bias", torch.tensor([bias, 0, 0]))
-
-    def forward(self, pixels):
-        return 10 * pixels[:, :, 0, 0] + self.bias
-
-
 def test_what_no_image_can_do_is_not_asked_of_an_attack():
     pixels, labels = torch.rand(20, 3, 8, 8), torch.zeros(20, dtype=torch.long)
-    findings = {found.name: found for found in diagnose(Linear(bias=11.0), (pixels, labels), num_classes=3)}
+    findings = {found.name: found for found in diagnose(FirstPixel(11.0), (pixels, labels), num_classes=3)}
     assert failed(findings.values()) == set()
     for name in ("large epsilon", "unbounded attack"):
         assert findings[name].outcome == "not run"
@@ -259,7 +282,7 @@ def test_nothing_to_diagnose():
     pixels, labels = torch.full((4, 3, 8, 8), 0.5), torch.zeros(4, dtype=torch.long)
     pixels[:, 1] = 0.9
     for data in ((pixels, labels), (pixels[:0], labels[:0])):
-        findings = diagnose(Linear(), data, num_classes=3)
+        findings = diagnose(FirstPixel(), data, num_classes=3)
         assert [found.name for found in findings] == list(CHECKS)
         assert {found.outcome for found in findings} == {"not run"}
         assert "None of the given images is classified correctly" in findings[0].sentence
@@ -270,7 +293,7 @@ def test_nothing_to_diagnose():
 
 
 def test_one_image():
-    findings = diagnose(Linear(), (torch.full((1, 3, 8, 8), 0.5), torch.zeros(1, dtype=torch.long)), num_classes=3)
+    findings = diagnose(FirstPixel(), (torch.full((1, 3, 8, 8), 0.5), torch.zeros(1, dtype=torch.long)), num_classes=3)
     assert {found.name for found in findings if found.outcome == "not run"} == {"single image"}
     assert failed(findings) == set()
 
@@ -278,15 +301,19 @@ def test_one_image():
 def test_without_the_library_square_is_not_run(monkeypatch):
     pixels, labels = torch.full((4, 3, 8, 8), 0.5), torch.zeros(4, dtype=torch.long)
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
-    findings = {found.name: found for found in diagnose(Linear(), (pixels, labels), num_classes=3)}
+    findings = {found.name: found for found in diagnose(FirstPixel(), (pixels, labels), num_classes=3)}
     assert findings["black box"].outcome == "not run" and "pip install" in findings["black box"].sentence
     monkeypatch.undo()
-    l2 = diagnose(Linear(), (pixels[..., :4, :4], labels), ThreatModel("l2", 0.1), num_classes=3)
+    l2 = diagnose(FirstPixel(), (pixels[..., :4, :4], labels), ThreatModel("l2", 0.1), num_classes=3)
     assert "cannot tile images of 4 x 4" in l2[list(CHECKS).index("black box")].sentence
 
 
-def test_sentences_and_figures(natural, digits):
-    for found in diagnose(StoppedGradient(FrozenRoute(natural)), digits(natural)):
+def test_sentences_and_figures():
+    data = torch.full((8, 3, 8, 8), 0.5), torch.zeros(8, dtype=torch.long)
+    for found in [
+        *diagnose(StoppedGradient(FirstPixel()), data, num_classes=3),
+        *diagnose(FirstPixel(), data, num_classes=3),
+    ]:
         assert found.sentence[0].isupper() and found.sentence.endswith(".") and "\n" not in found.sentence
         json.dumps(found.figures, allow_nan=False)
         for value in found.figures.values():
