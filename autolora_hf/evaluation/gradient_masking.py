@@ -21,6 +21,7 @@ from ..attacks.pgd import hits
 from ..config import ThreatModel
 from .autoattack import autoattack_components, isolated_random_state, load_library
 from .comparison import holm
+from .findings import Finding
 from .masking_local import (
     attacked_route,
     finite_differences,
@@ -33,7 +34,6 @@ from .masking_subject import (
     LEVEL,
     RESTARTS,
     STEPS,
-    Finding,
     Subject,
     accuracy_of,
     exceeds,

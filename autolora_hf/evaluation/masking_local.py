@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..attacks import PGD
 from ..attacks.pgd import Ball
-from .masking_subject import LEVEL, Finding, Subject, exceeds, finding, logit_margins, several, sign_test
+from .findings import Finding
+from .masking_subject import LEVEL, Subject, exceeds, finding, logit_margins, several, sign_test
 
 
 # Lengths of the steps of numeric derivatives, in [0, 1] pixels: the function may be curved at the long ones and drown

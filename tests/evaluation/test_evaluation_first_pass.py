@@ -7,7 +7,7 @@ from test_evaluation_robustness import Channel, case
 from tiny_models import MODELS, change_everything, pixels
 
 from autolora_hf import PGD, RobustnessReport, ThreatModel, evaluate_robustness
-from autolora_hf.evaluation.robustness import FIRST_PASS, _FirstPass
+from autolora_hf.evaluation.attack_list import FIRST_PASS, FirstPass
 from autolora_hf.hub.claims import rebuild_attack
 
 
@@ -57,7 +57,7 @@ def test_the_model_judges(model, data, monkeypatch):
         found.append(self.copy)
         return images
 
-    monkeypatch.setattr(_FirstPass, "__call__", harmless)
+    monkeypatch.setattr(FirstPass, "__call__", harmless)
     report = evaluate(model, data, [FIRST_PASS, PGD(LINF)])
     assert report.attacks[0].broken == 0 and found
     assert report.robust_correct == evaluate(model, data, PGD(LINF)).robust_correct
