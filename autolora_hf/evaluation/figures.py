@@ -44,7 +44,7 @@ _SCALARS = (
 )
 # Of the natural and the adversarial gradient of the feature extractor.
 _COSINES = (
-    ("gradient_cosine", "gradient cosine without the branch", _RED, "s-"),
+    ("gradient_cosine", "without the branch", _RED, "s-"),
     ("gradient_cosine_branch", "with the branch", _BLUE, "o-"),
 )
 
@@ -150,6 +150,9 @@ def training_curves_figure(
     _plot(scalars, log_history, _SCALARS)
     scalars.set_ylabel("loss and its scalars")
     _plot(rates, log_history, (("learning_rate", "learning rate", _BLUE, "-"),))
+    for line in rates.lines:
+        # Logged at the end of the epoch in which it was in force.
+        line.set_drawstyle("steps-pre")
     values = [value for line in rates.lines for value in line.get_ydata() if value > 0]
     if values:
         rates.set_yscale("log")
@@ -162,7 +165,7 @@ def training_curves_figure(
         _plot(axis, log_history, _COSINES)
         axis.axhline(0, color=_GREY, linewidth=1, zorder=0.5)
         axis.set_ylim(min(-0.05, axis.dataLim.ymin - 0.05), 1.05)
-        axis.set_ylabel("cosine")
+        axis.set_ylabel("gradient cosine")
     panels[-1].set_xlabel("epoch")
     panels[-1].set_xlim(left=0)
     for number, (epoch, _) in enumerate(_series(log_history, "reload", skip_zero=True)):

@@ -167,7 +167,10 @@ class GradientSimilarityCallback(TrainerCallback):
             self._measure()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        due = control.should_log
         self._measure()
+        # A log takes back that one is due; that of the epoch's losses still is.
+        control.should_log = due
 
     def _measure(self) -> None:
         trainer, model, objective = self.trainer, self.trainer.model, self.trainer.objective
