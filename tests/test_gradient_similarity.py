@@ -148,6 +148,19 @@ def test_the_feature_extractor_is_all_but_the_head(name, mode):
         gradient_cosine(model, AutoLora(), pixels(2), pixels(2), torch.zeros(2).long(), SCALARS)
 
 
+@pytest.mark.parametrize("name", ["timm_resnet", "hf_vit"])
+def test_recomputed_activations_give_the_same(name):
+    """Layers are recomputed in their route, and also then without its stop-gradient."""
+    model, batch = changed(name)
+    found = []
+    for enable in (False, True):
+        if enable:
+            model.activation_checkpointing_enable()
+        found += [feature_gradients(model, AutoLora(), *batch, SCALARS, NATURAL)]
+    pairs = zip(found[0][0] + found[0][1], found[1][0] + found[1][1], strict=True)
+    assert all(torch.allclose(one, other, rtol=1e-9, atol=1e-12) for one, other in pairs)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("norm", ["shared", "dual", "robust_stats"])
 @pytest.mark.parametrize("mode", MODES)

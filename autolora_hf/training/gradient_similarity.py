@@ -149,7 +149,8 @@ class GradientSimilarityCallback(TrainerCallback):
 
     The batch is drawn once and as large as one of a device; its images are not augmented. The attack is that of a
     training step, with the same random starts every time. The weights are the optimizer's, also where their average
-    is validated. The run is the same to the bit as without this.
+    is validated. The run is the same to the bit as without this. Nothing is logged while one of the gradients is zero,
+    as the adversarial one is before an attack has a radius.
 
     Every process measures the same batch, since layers such as `SyncBatchNorm` need them all; what the main one found
     counts.
