@@ -12,6 +12,10 @@ measured, of the same weights, on the same images:
 Both are of whole gradients, so that the path of the clean images is all that differs; while the branch is zero, as at
 the start, they are equal. With the stop-gradient, as AutoLoRa trains, nothing of the second one arrives: the natural
 gradient of the FE is exactly zero, and there is no conflict whatever the cosine would have been.
+
+What the adversarial term is decides about the cosine: that of AutoLoRa and TRADES has a KL term whose target is not
+detached, so part of its gradient draws the predictions of *clean* images to those of the adversarial ones, against the
+natural term. `docs/gradient_similarity.md` has the parts.
 """
 
 from __future__ import annotations
