@@ -129,8 +129,12 @@ def findings(rows: list[dict[str, Any]]) -> Iterator[str]:
         without, with_branch = (after_training_began(own["AutoLoRa"], key) for key in (COSINE, COSINE_BRANCH))
         lower, total = sum(a < b for a, b in zip(without, with_branch, strict=True)), len(without)
         verdict = "lower" if lower > 0.9 * total else "higher" if lower < 0.1 * total else "neither lower nor higher"
-        vanilla = statistics.mean(after_training_began(own["TRADES"], COSINE))
+        vanilla, one_route = (
+            statistics.mean(after_training_began(own[name], COSINE))
+            for name in ("TRADES", "AutoLoRa's loss, one route")
+        )
         relation = "lower" if vanilla < statistics.mean(with_branch) else "not lower"
+        route_relation = "lower, too" if one_route < statistics.mean(with_branch) else "not lower"
         arriving = max(row["parts"]["arriving"] for row in own["AutoLoRa"])
         free = min(row["parts"]["arriving"] for row in own["AutoLoRa, no stop-gradient"])
         opposed = [sum(value < 0 for value in values) for values in (without, with_branch)]
@@ -141,7 +145,8 @@ def findings(rows: list[dict[str, Any]]) -> Iterator[str]:
             f"branch than with it: lower in {lower} of {total} measurements (epochs of all seeds), mean "
             f"{statistics.mean(without):.2f} without and {statistics.mean(with_branch):.2f} with it. Without it the "
             f"gradients oppose each other in {opposed[0]} of {total} measurements, with it in {opposed[1]}. Along the "
-            f"training with TRADES the mean is {vanilla:.2f}, {relation} than that of AutoLoRa with its branch. With "
+            f"training with TRADES the mean is {vanilla:.2f}, {relation} than that of AutoLoRa with its branch; along that "
+            f"with AutoLoRa's loss and scalars through one route it is {one_route:.2f}, {route_relation}. With "
             "AutoLoRa's best weights, without the branch, the natural gradient has the cosine "
             f"{cross_entropy:.2f} with that of the cross-entropy of adversarial images, {kl:.2f} with that of the KL "
             f"term, and {detached:.2f} with what of it comes by way of adversarial images (target detached). Of the "

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from script_modules import load
 from test_trainer import StopAfter, arguments, copied_state, logged, new_trainer, pictures, same
 from tiny_models import MODELS, MODES, change_everything, pixels
 from torch.func import functional_call
@@ -341,3 +342,39 @@ def test_it_is_drawn_where_it_was_logged(tmp_path):
         ["λ₁", "λ₂", "training loss"],
         ["learning rate"],
     ]
+
+
+# ---- the script ----
+
+
+def row(system, without, with_branch=()):
+    parts = {
+        f"{part} {where}": 0.5
+        for part in ("cross-entropy", "KL", "KL, target detached", "natural")
+        for where in ("without", "with")
+    }
+    curves = {COSINE: [0.1, *without], COSINE_BRANCH: [0.1, *with_branch] if with_branch else []}
+    return {"system": system, "mode": "full", "seed": 0, **curves, "robust": 0.5, "parts": parts | {"arriving": 0.0}}
+
+
+@pytest.mark.parametrize(
+    ("without", "with_branch", "verdict"),
+    [
+        ([-0.5, -0.4], [0.2, 0.1], "cosine is lower without the branch than with it: lower in 2 of 2"),
+        ([0.5, 0.4], [0.2, 0.1], "cosine is higher without the branch than with it: lower in 0 of 2"),
+        (
+            [0.5, -0.4],
+            [0.2, 0.1],
+            "cosine is neither lower nor higher without the branch than with it: lower in 1 of 2",
+        ),
+    ],
+)
+def test_the_page_says_what_the_figures_say(without, with_branch, verdict, tmp_path):
+    script = load("gradient_similarity")
+    rows = [row(name, without, with_branch if name.startswith("AutoLoRa, ") else ()) for name in script.SYSTEMS]
+    rows[0] = row("AutoLoRa", without, with_branch)
+    content = {"rows": rows, "date": "2000-01-01", "torch": "2", "device": "CPU", "epochs": 2, "images": 100}
+    page = script.render(content)
+    assert verdict in " ".join(page.split())
+    assert max(len(line) for line in page.splitlines() if "|" not in line) <= 119
+    script.draw(rows, tmp_path / "figure.png")
