@@ -219,9 +219,14 @@ def _no_trace(model: AutoLoraModel) -> Iterator[None]:
         forget_cached(model)
 
 
-def _forked_random_state(device: torch.device) -> Any:
+@contextmanager
+def _forked_random_state(device: torch.device) -> Iterator[None]:
     """Context after which the random state of the CPU and of `device` is as before."""
-    if device.type == "cpu":
-        return torch.random.fork_rng(devices=[])
-    index = getattr(torch, device.type).current_device() if device.index is None else device.index
-    return torch.random.fork_rng(devices=[index], device_type=device.type)
+    # Not `fork_rng`, which does not know every kind of device.
+    sources = [torch] if device.type == "cpu" else [torch, torch.get_device_module(device)]
+    states = [source.get_rng_state() for source in sources]
+    try:
+        yield
+    finally:
+        for source, state in zip(sources, states, strict=True):
+            source.set_rng_state(state)
