@@ -84,6 +84,18 @@ class RouteSwitch:
                 parameter.requires_grad_(False)
             self.current, self._held = outer, outer_held
 
+    @contextmanager
+    def without_stop_gradient(self) -> Iterator[None]:
+        """Inside, routes that are entered let gradient through to everything that trains, as a measurement needs."""
+        blocked = [(route, route.blocked) for route in self.routes.values()]
+        for route, _ in blocked:
+            route.blocked = []
+        try:
+            yield
+        finally:
+            for route, parameters in blocked:
+                route.blocked = parameters
+
     @property
     def names(self) -> tuple[str, ...]:
         """The routes of the model, the deployed one first."""

@@ -42,6 +42,11 @@ _SCALARS = (
     ("eps_share", "share of ε", _GREEN, "^-"),
     ("loss", "training loss", _GREY, "-"),
 )
+# Of the natural and the adversarial gradient of the feature extractor.
+_COSINES = (
+    ("gradient_cosine", "without the branch", _RED, "s-"),
+    ("gradient_cosine_branch", "with the branch", _BLUE, "o-"),
+)
 
 
 def adversarial_examples_figure(
@@ -119,7 +124,8 @@ def training_curves_figure(
     log_history: Sequence[dict[str, Any]], path: str | os.PathLike[str] | None = None
 ) -> Figure:
     """Draws a training run: accuracies, or the validation loss where there are none; loss and its scalars; learning
-    rate with the reloads of the best weights.
+    rate with the reloads of the best weights; and, if they were measured, the cosines of natural and adversarial
+    gradients.
 
     Args:
         log_history (`Sequence[dict]`): `trainer.state.log_history`. Quantities that were not logged are left out.
@@ -127,8 +133,10 @@ def training_curves_figure(
     """
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    figure = _figure(7.2, 8)
-    accuracies, scalars, rates = figure.subplots(3, 1, sharex=True, height_ratios=[1.5, 1.2, 1])
+    has_cosines = any(_series(log_history, key) for key, *_ in _COSINES)
+    ratios = [1.5, 1.2, 1] + [1] * has_cosines
+    figure = _figure(7.2, 8 * sum(ratios) / 3.7)
+    accuracies, scalars, rates, *cosines = panels = figure.subplots(len(ratios), 1, sharex=True, height_ratios=ratios)
     figure.get_layout_engine().set(hspace=0.04)
 
     _plot(accuracies, log_history, _ACCURACIES)
@@ -142,6 +150,9 @@ def training_curves_figure(
     _plot(scalars, log_history, _SCALARS)
     scalars.set_ylabel("loss and its scalars")
     _plot(rates, log_history, (("learning_rate", "learning rate", _BLUE, "-"),))
+    for line in rates.lines:
+        # Logged at the end of the epoch in which it was in force.
+        line.set_drawstyle("steps-pre")
     values = [value for line in rates.lines for value in line.get_ydata() if value > 0]
     if values:
         rates.set_yscale("log")
@@ -150,13 +161,18 @@ def training_curves_figure(
         rates.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         rates.yaxis.set_minor_formatter(NullFormatter())
     rates.set_ylabel("learning rate")
-    rates.set_xlabel("epoch")
-    rates.set_xlim(left=0)
+    for axis in cosines:
+        _plot(axis, log_history, _COSINES)
+        axis.axhline(0, color=_GREY, linewidth=1, zorder=0.5)
+        axis.set_ylim(min(-0.05, axis.dataLim.ymin - 0.05), 1.05)
+        axis.set_ylabel("gradient cosine")
+    panels[-1].set_xlabel("epoch")
+    panels[-1].set_xlim(left=0)
     for number, (epoch, _) in enumerate(_series(log_history, "reload", skip_zero=True)):
-        for axis in (accuracies, scalars, rates):
+        for axis in panels:
             label = "best weights reloaded" if number == 0 and axis is rates else None
             axis.axvline(epoch, color=_ORANGE, linestyle=(0, (4, 3)), linewidth=1, zorder=0.5, label=label)
-    for axis in (accuracies, scalars, rates):
+    for axis in panels:
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
         if axis.get_legend_handles_labels()[1]:

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..routes import NATURAL, ROBUST
 from ..schedules import LossScalars
 from .base import Batch, Objective, ObjectiveOutput, RouteForward
-from .terms import accuracy
+from .terms import accuracy, kl_divergences
 
 
 @dataclass
@@ -35,6 +36,11 @@ class AutoLora(Objective):
     config: ClassVar[dict[str, Any]] = {}
     uses_scalars: ClassVar[bool] = True
     schedule: ClassVar[str] = "plateau"
+
+    def adversarial_term(self, clean: Tensor, robust: Tensor, labels: Tensor, scalars: LossScalars) -> Tensor:
+        target = clean.detach() if self.detach_target else clean
+        kl = kl_divergences(target, robust).mean()
+        return (1 - scalars.lambda1) * F.cross_entropy(robust, labels) + scalars.lambda2 * kl
 
     def __call__(self, forward: RouteForward, batch: Batch, scalars: LossScalars) -> ObjectiveOutput:
         natural = forward(NATURAL, batch.pixels)

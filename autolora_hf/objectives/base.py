@@ -147,6 +147,19 @@ class Objective:
         """Validation loss of every image, N, of the deployed route's outputs, N x K, for adversarial images."""
         return F.cross_entropy(outputs, labels, reduction="none")
 
+    def adversarial_term(self, clean: Tensor, robust: Tensor, labels: Tensor, scalars: LossScalars) -> Tensor:
+        """The part of the loss that looks at adversarial images, a scalar, for diagnoses: what remains is natural.
+
+        Terms of features are left out.
+
+        Args:
+            clean (`Tensor`): Logits of the clean images, N x K.
+            robust (`Tensor`): Logits of the adversarial images by the deployed route, N x K.
+            labels (`Tensor`): Class indices, N.
+            scalars (`LossScalars`): The loss scalars in force.
+        """
+        return F.cross_entropy(robust, labels)
+
     def __call__(self, forward: RouteForward, batch: Batch, scalars: LossScalars) -> ObjectiveOutput:
         raise NotImplementedError
 

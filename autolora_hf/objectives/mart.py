@@ -36,6 +36,11 @@ class Mart(Objective):
         if not self.weight >= 0:
             raise ValueError(f"`weight` must not be negative, got {self.weight}.")
 
+    def adversarial_term(self, clean: Tensor, robust: Tensor, labels: Tensor, scalars: LossScalars) -> Tensor:
+        doubt = 1 - clean.softmax(-1).gather(1, labels[:, None]).squeeze(1)
+        kl = (kl_divergences(clean, robust) * doubt).mean()
+        return boosted_cross_entropies(robust, labels).mean() + self.weight * kl
+
     def __call__(self, forward: RouteForward, batch: Batch, scalars: LossScalars) -> ObjectiveOutput:
         clean, robust = forward(ROBUST, batch.pixels), forward(ROBUST, batch.adversarial)
         doubt = 1 - clean.softmax(-1).gather(1, batch.labels[:, None]).squeeze(1)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..routes import ROBUST
 from ..schedules import LossScalars
@@ -42,6 +43,12 @@ class Trades(Objective):
         if self.attack_loss not in ("ce", "kl"):
             raise ValueError(f"`attack_loss` must be 'ce' or 'kl', got {self.attack_loss!r}.")
         self.uses_scalars = self.automatic
+
+    def adversarial_term(self, clean: Tensor, robust: Tensor, labels: Tensor, scalars: LossScalars) -> Tensor:
+        kl = kl_divergences(clean, robust).mean()
+        if self.automatic:
+            return (1 - scalars.lambda1) * F.cross_entropy(robust, labels) + scalars.lambda2 * kl
+        return self.beta * kl
 
     def __call__(self, forward: RouteForward, batch: Batch, scalars: LossScalars) -> ObjectiveOutput:
         clean, robust = forward(ROBUST, batch.pixels), forward(ROBUST, batch.adversarial)

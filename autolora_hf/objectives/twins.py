@@ -90,6 +90,9 @@ class TwinsTrades(TwinsAT):
         if not self.beta >= 0:
             raise ValueError(f"`beta` must not be negative, got {self.beta}.")
 
+    def adversarial_term(self, clean: Tensor, robust: Tensor, labels: Tensor, scalars: LossScalars) -> Tensor:
+        return self.beta / 2 * kl_divergences(clean, robust).mean()
+
     def _half(self, forward: RouteForward, route: str, batch: Batch, part: slice) -> tuple[Tensor, Tensor]:
         labels = batch.labels[part]
         clean = forward(route, batch.pixels[part])[: len(labels)]

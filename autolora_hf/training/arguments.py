@@ -78,6 +78,13 @@ class AutoLoraTrainingArguments(MethodArguments, TrainingArguments):
             "validation data, with a warning; 'raise' stops."
         },
     )
+    gradient_similarity: bool = field(
+        default=False,
+        metadata={
+            "help": "Log and plot the cosine between the natural and the adversarial gradient of the feature "
+            "extractor, without and with the branch, on one batch of training images: about two more steps an epoch."
+        },
+    )
     image_column: str | None = field(default=None, metadata={"help": "Image column; found by its type by default."})
     label_column: str | None = field(default=None, metadata={"help": "Label column; found by its type by default."})
 
@@ -149,6 +156,13 @@ class AutoLoraTrainingArguments(MethodArguments, TrainingArguments):
             raise ValueError(f"`num_train_epochs` must be at least 1, got {self.num_train_epochs}.")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"`validation_fraction` must be between 0 and 1, got {self.validation_fraction}.")
+        objective = OBJECTIVES[self.objective]
+        has_both = objective.needs_adversarial and objective.classifies and not objective.heads_only
+        if self.gradient_similarity and not has_both:
+            raise ValueError(
+                "`gradient_similarity` compares the natural with the adversarial gradient of the feature extractor, "
+                f"and `objective={self.objective!r}` has no such pair. Leave it out."
+            )
         if self.warmup_steps and self.learning_rate_schedule != "cosine":
             raise ValueError(
                 f"`warmup_steps={self.warmup_steps}` would have no effect: the schedule is "

@@ -21,6 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..data import PixelDataset, PixelStream
 from ..files import write_json
 from .robust_start import IMAGES, MOVABLE, embedding_similarity, feature_displacement
+from .streams import some_items
 
 
 if TYPE_CHECKING:
@@ -334,11 +335,5 @@ class DiagnosisCallback(TrainerCallback):
 
 
 def _some_images(data: PixelDataset | PixelStream, seed: int, count: int = IMAGES) -> torch.Tensor:
-    """Unaugmented pixels of a few images, N x 3 x H x W, the same in every process: drawn, or a stream's first."""
-    if isinstance(data, PixelStream):
-        items = data.first(count)
-    else:
-        chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:count]
-        plain = data.select(chosen.tolist(), augmentation="none")
-        items = [plain[index] for index in range(len(plain))]
-    return torch.stack([item["pixel_values"] for item in items])
+    """Unaugmented pixels of a few images, N x 3 x H x W, the same in every process."""
+    return torch.stack([item["pixel_values"] for item in some_items(data, seed, count)])

@@ -31,7 +31,7 @@ from .streams import StreamingTrainer, unaugmented
 logger = logging.getLogger(__name__)
 
 # Keys of random starts.
-TRAINING, EVALUATION = 0, 1
+TRAINING, EVALUATION, DIAGNOSIS = 0, 1, 2
 
 
 class EvaluatingTrainer(StreamingTrainer, PublishingTrainer):

@@ -57,6 +57,8 @@ def _train_stage(trainer: AutoLoraTrainer, folder: Path, changes: dict, resume: 
     defaults = {entry.name: entry.default for entry in dataclasses.fields(MethodArguments)}
     chosen_by_method = {"metric_for_best_model": None, "greater_is_better": None, "optim_args": None}
     changes = {**defaults, **chosen_by_method, "push_to_hub": False, "report_to": "none", **changes}
+    # It has nothing to do with what is measured of the training.
+    changes["gradient_similarity"] = False
     # Data that were held out stay where they are, as they were found fit.
     stage_args = dataclasses.replace(args, output_dir=str(folder), **changes)
     quiet = not any(isinstance(callback, ProgressCallback) for callback in trainer.callback_handler.callbacks)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate.data_loader import IterableDatasetShard
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
@@ -105,6 +106,15 @@ def limited(validation: PixelDataset | PixelStream, args: AutoLoraTrainingArgume
 def unaugmented(data: PixelDataset | PixelStream) -> PixelDataset | PixelStream:
     """The same samples without augmentation, in the order they are stored."""
     return data.plain() if isinstance(data, PixelStream) else data.select(range(len(data)), augmentation="none")
+
+
+def some_items(data: PixelDataset | PixelStream, seed: int, count: int) -> list[dict[str, Any]]:
+    """Up to `count` samples without augmentation, the same in every process: drawn, or a stream's first."""
+    if isinstance(data, PixelStream):
+        return data.first(count)
+    chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:count]
+    plain = data.select(chosen.tolist(), augmentation="none")
+    return [plain[index] for index in range(len(plain))]
 
 
 def _open(

@@ -22,15 +22,7 @@ from ..files import write_atomically, write_json
 from ..modeling import AutoLoraModel
 from ..objectives import OBJECTIVES, Batch, config_for
 from ..pixels import Normalize
-from ..schedules import (
-    Curve,
-    LossScalars,
-    PlateauHalving,
-    constant,
-    cosine,
-    default_epochs,
-    milestones,
-)
+from ..schedules import Curve, LossScalars, PlateauHalving, constant, cosine, default_epochs, milestones
 from .arguments import AutoLoraTrainingArguments
 from .attacking import RouteAttacker
 from .averaging import WeightAverage
@@ -45,6 +37,7 @@ from .distributed import (
 )
 from .evaluating import TRAINING, EvaluatingTrainer, accuracies, losses
 from .forward import TrainingForward
+from .gradient_similarity import GradientSimilarityCallback
 from .numerics import StepGuard
 from .progress import EpochTableCallback
 from .redirect import call_inside
@@ -134,6 +127,8 @@ class AutoLoraTrainer(EvaluatingTrainer):
         self.add_callback(self._guard)
         self._diagnosis = DiagnosisCallback(self, Path(args.output_dir) / PLAN)
         self.add_callback(self._diagnosis)
+        if args.gradient_similarity:
+            self.add_callback(GradientSimilarityCallback(self))
         if isinstance(train, PixelDataset):  # a stream reports broken images itself
             self.add_callback(BrokenImagesCallback(train))
         if self.pop_callback(ProgressCallback) is not None:

@@ -143,6 +143,14 @@ def in_step(first, second):
     assert first["best"] == second["best"] is not None
 
 
+@pytest.mark.parametrize("name", ["full", "batch_norm"])
+def test_similarities_of_gradients_are_those_of_the_main_process(two_processes, name):
+    """Where running statistics differ, so do the attacks."""
+    first, second = (series(result, "gradient_cosine", "gradient_cosine_branch") for result in two_processes(name))
+    assert first == second
+    assert [len(values) for values in first] == [SCENARIOS[name].epochs + 1] * 2
+
+
 @pytest.mark.parametrize("name", ["batch_norm", slow("batch_norm_adapter")])
 def test_running_statistics_are_those_of_the_main_process(tmp_path, two_processes, name):
     first, second = two_processes(name)

@@ -28,6 +28,7 @@ class Scenario:
         images, validation: Sizes of the training and the validation set.
         batch: Images of an optimizer step, over all processes.
         accuracies: Robust accuracy to be reported in each epoch, whatever the model does.
+        similarity: Whether the similarity of gradients is measured.
     """
 
     model: str = "hf_vit"
@@ -38,18 +39,19 @@ class Scenario:
     accumulation: int = 1
     epochs: int = 1
     accuracies: tuple[float, ...] | None = None
+    similarity: bool = False
 
 
 SCENARIOS = {
     # 16 + 16 + 8 images: the last batch leaves the second of two processes with none of its own.
-    "full": Scenario(epochs=2),
+    "full": Scenario(epochs=2, similarity=True),
     "adapter": Scenario(mode="adapter", images=43, epochs=2),
     # The first step is the last one too: the second process has two images of its own, or none.
     "short": Scenario(images=10),
     "shorter": Scenario(mode="adapter", images=5),
     "accumulation": Scenario(images=43, accumulation=2, validation=16),
     "halving": Scenario(epochs=5, images=20, accuracies=(0.8, 0.9, 0.6, 0.55, 0.5)),
-    "batch_norm": Scenario("timm_resnet", images=43, epochs=2),
+    "batch_norm": Scenario("timm_resnet", images=43, epochs=2, similarity=True),
     "batch_norm_adapter": Scenario("hf_resnet", "adapter", images=43, epochs=2),
 }
 
@@ -98,6 +100,7 @@ def train(scenario, folder, processes=1, accumulation=None, **changes):
         "gradient_accumulation_steps": accumulation,
         "augmentation": "none",
         "halving_interval": 2,
+        "gradient_similarity": scenario.similarity,
     }
     trainer = AutoLoraTrainer(
         MODELS[scenario.model].adapted(num_classes=len(NAMES), mode=scenario.mode),
