@@ -120,7 +120,7 @@ def run_quickstart(output_dir: str | os.PathLike, settings: QuickstartSettings |
         indices = stratified_subset(test["label"], settings.test_images, settings.seed)
         half = second.submit(_measure_saved, Path(folder) / "model", indices[1::2], settings.seed)
         own = robust.evaluate_robustness(test, sample_indices=indices[::2], seed=settings.seed)
-        all_digits = robust.evaluate_robustness(test, _pgd(settings), seed=settings.seed)
+        all_digits = robust.evaluate_robustness(test, _pgd(settings), seed=settings.seed, diagnostics=False)
         own = RobustnessReport.merged([own, half.result()])
         seconds["AutoAttack"] = time.time() - started
     # The trainer remembered the half that this process attacked.
@@ -212,7 +212,7 @@ def _pgd(settings: QuickstartSettings) -> PGD:
 def _measure_baselines(settings: QuickstartSettings) -> tuple[dict[str, RobustnessReport], float]:
     """The backbone with a new head, before and after natural fine-tuning; runs in the second process."""
     started = time.time()
-    test, options = load_digits()["test"], {"seed": settings.seed, "progress": False}
+    test, options = load_digits()["test"], {"seed": settings.seed, "progress": False, "diagnostics": False}
     indices = stratified_subset(test["label"], settings.test_images, settings.seed)
     before = evaluate_robustness(_fresh_model(settings).eval(), test, attack=_pgd(settings), **options)
     with tempfile.TemporaryDirectory() as folder:
@@ -228,7 +228,8 @@ def _measure_baselines(settings: QuickstartSettings) -> tuple[dict[str, Robustne
 def _measure_saved(folder: Path, indices: list[int], seed: int) -> RobustnessReport:
     """AutoAttack on a part of the test digits; runs in the second process."""
     test = load_digits()["test"]
-    return evaluate_robustness(load_autolora_model(folder), test, sample_indices=indices, seed=seed, progress=False)
+    options = {"seed": seed, "progress": False, "diagnostics": False}
+    return evaluate_robustness(load_autolora_model(folder), test, sample_indices=indices, **options)
 
 
 def load_digits() -> datasets.DatasetDict:

@@ -211,8 +211,7 @@ def evaluate_robustness(
             corruptions=found_corruptions,
             other_route=other_route,
         )
-        doubts = [finding.sentence for finding in findings if finding.outcome == "failed"]
-        report.warnings = [*standard_warnings(report), *samples.notes, *notes, *doubts]
+        report.warnings = [*standard_warnings(report), *samples.notes, *notes, *_doubts(findings)]
         # Its times, notes and findings are those of the main process.
         return processes.gather(report)[0]
 
@@ -340,6 +339,13 @@ def _diagnose(
     if not len(rows):
         pixels, labels = pixels[:0], labels[:0]
     return gradient_masking_findings(view, target, pixels, labels, threat_model, num_classes, seed)
+
+
+def _doubts(findings: list[Finding]) -> list[str]:
+    """What a reader has to know of the diagnostics before using the figures."""
+    if findings and all(finding.outcome == "not run" for finding in findings):
+        return [f"Nothing is known about gradient masking. {findings[0].sentence}"]
+    return [f"{finding.name}: {finding.sentence}" for finding in findings if finding.outcome == "failed"]
 
 
 @torch.no_grad()

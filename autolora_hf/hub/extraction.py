@@ -230,7 +230,7 @@ def extract_for_accuracy(
     attack = attack or PGD(threat_model, steps=20)
 
     def measure(network: nn.Module, values: int) -> SizePoint:
-        report = evaluate_robustness(network, validation, threat_model, attack, progress=False)
+        report = evaluate_robustness(network, validation, threat_model, attack, progress=False, diagnostics=False)
         return SizePoint(values / change.full_values, values, report.natural, report.robust)
 
     base = nn.Sequential(Normalize(model.preprocessing), copy.deepcopy(change.base))

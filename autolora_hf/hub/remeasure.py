@@ -210,6 +210,7 @@ def remeasure(
         seed=report.seed,
         device=device,
         progress=progress and can_attack,
+        diagnostics=False,
     )
     if rows is not None:
         differing = sum(

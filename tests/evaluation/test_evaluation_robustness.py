@@ -341,8 +341,8 @@ class Probabilities(nn.Module):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (Masked(), "gradient is exactly zero for 2 of 2 clean images: gradient masking"),
-        (Noisy(), "change from pass to pass in eval mode"),
+        (Masked(), "gradient is exactly zero or not finite for 2 of 2 clean images"),
+        (Noisy(), "From pass to pass the logits of 2 of 2 images change"),
         (Probabilities(), "look like probabilities"),
     ],
 )
