@@ -633,7 +633,7 @@ def test_records_that_are_none(copied, content):
         ("preprocessing.crop_pct", [0, -1, 2, float("nan")]),
         ("preprocessing.crop_mode", ["x", None]),
         ("preprocessing.channel_order", ["gbr"]),
-        ("threat_model.norm", ["l1", "linf\n", None, 3]),
+        ("threat_model.norm", ["l0", "linf\n", None, 3]),
         ("threat_model.eps", [0, -0.03, 8, 255, float("nan"), float("inf"), 10**400, "8/255", True]),
         (
             "training",

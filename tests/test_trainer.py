@@ -592,7 +592,7 @@ def rows_of(dataset):
         ({"eps": "8"}, ["`eps` is 8", "8/255"]),
         ({"eps": 0}, ["`eps` is 0"]),
         ({"eps": "-8/255"}, ["must be positive"]),
-        ({"threat_norm": "l1"}, ["'linf' or 'l2', got 'l1'"]),
+        ({"threat_norm": "l0"}, ["'linf', 'l2' or 'l1', got 'l0'"]),
         ({"objective": "trades2"}, ["`objective`", "autolora", "'trades2'"]),
         ({"augmentation": "mixup"}, ["`augmentation`", "'mixup'"]),
         ({"halving_rule": "cosine"}, ["`halving_rule`", "'cosine'"]),

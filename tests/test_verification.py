@@ -19,8 +19,7 @@ from autolora_hf import load_autolora_model
 from autolora_hf.attacks import PGD
 from autolora_hf.cli import verify
 from autolora_hf.config import ThreatModel
-from autolora_hf.evaluation import Accuracy, RobustnessReport, evaluate_robustness
-from autolora_hf.evaluation import robustness as robustness_module
+from autolora_hf.evaluation import Accuracy, RobustnessReport, attack_list, evaluate_robustness
 from autolora_hf.evaluation.autoattack import AutoAttackComponent
 from autolora_hf.hub.claims import card_problems
 from autolora_hf.hub.model_card import write_model_card
@@ -73,7 +72,7 @@ def quick_autoattack():
         return PGD(self.threat_model, steps=5, seed=self.seed)(model, pixels, labels)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(robustness_module, "autoattack_components", components)
+        patch.setattr(attack_list, "autoattack_components", components)
         patch.setattr(AutoAttackComponent, "__call__", attack)
         yield
 
@@ -359,7 +358,7 @@ def test_a_complete_autoattack_must_be_one(release, monkeypatch):
     def components(threat_model, num_classes, image_size, seed=0):
         return [AutoAttackComponent("APGD-CE", threat_model, num_classes, seed)], {"APGD-T": "too few classes"}
 
-    monkeypatch.setattr(robustness_module, "autoattack_components", components)
+    monkeypatch.setattr(attack_list, "autoattack_components", components)
     result = check(release)
     assert verdicts(result) == ["holds", "fails"] and "AutoAttack (reduced)" in result.figures[1].reason
 

@@ -52,8 +52,8 @@ def class_results(
 
 
 def class_name(label: int, class_names: Sequence[str] | None) -> str:
-    """What a class is called."""
-    return f"class {label}" if class_names is None else class_names[label]
+    """What a class is called; a record may have too few names."""
+    return class_names[label] if class_names is not None and label < len(class_names) else f"class {label}"
 
 
 def confusions(labels: Sequence[int], predicted: Sequence[int], num_classes: int) -> list[list[int]]:

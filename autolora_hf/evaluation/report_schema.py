@@ -128,7 +128,7 @@ _REPORT = json_object(
         "robust_confidence": list_of(_SHARE, _MOST_IMAGES),
         "natural_top5": optional(_ACCURACY),
         "robust_top5": optional(_ACCURACY),
-        "class_names": optional(list_of(line, _MOST_CLASSES)),
+        "class_names": optional(list_of(text, _MOST_CLASSES)),
         "findings": list_of(
             json_object(
                 {
@@ -180,8 +180,6 @@ def _check_lengths(content: dict[str, Any]) -> None:
     for name in _ANSWERS[:3]:
         if max(content.get(name, []), default=0) >= content["num_classes"]:
             raise ValueError(f"{name} has {max(content[name])}, but num_classes is {content['num_classes']}.")
-    if content.get("class_names") is not None and len(content["class_names"]) != content["num_classes"]:
-        raise ValueError(f"class_names has {len(content['class_names'])} names for {content['num_classes']} classes.")
     radii = [point["eps"] for point in (content.get("curve") or {"points": []})["points"]]
     if radii and (radii[0] != 0 or any(one >= other for one, other in itertools.pairwise(radii))):
         raise ValueError("curve.points must begin with eps 0 and go on by growing eps.")
