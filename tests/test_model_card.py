@@ -13,6 +13,7 @@ from tiny_models import MODELS, MODES, change_everything, pixels
 
 from autolora_hf import PGD, ThreatModel, evaluate_robustness, load_autolora_model
 from autolora_hf.evaluation import Accuracy
+from autolora_hf.evaluation.findings import Finding
 from autolora_hf.hub.model_card import inline, rename_card, reports_of, write_model_card
 from autolora_hf.training.diagnosis import Finding
 
@@ -257,3 +258,18 @@ def test_intervals_are_in_the_table(tmp_path):
     report.natural_confidence = report.robust_confidence = []
     model.add_result(report)
     assert "| this model | 90.0 [82.4, 95.1] | 90.0 [82.4, 95.1] |" in write_model_card(tmp_path, model).read_text()
+
+
+def test_the_diagnostics_are_summed_up(tmp_path):
+    model = new_model()
+    findings = [
+        Finding("zero gradients", "passed", "None."),
+        Finding("black box", "not run", "No images."),
+        Finding("random noise", "failed", "It is stronger."),
+    ]
+    report = measured(model, **STANDARD, findings=findings)
+    model.add_result(report)
+    text = write_model_card(tmp_path, model).read_text()
+    assert (
+        "Diagnostics of gradient masking: 1 of 3 checks passed; black box was not run; random noise failed.\n" in text
+    )

@@ -137,6 +137,18 @@ CASES = {
         "pgd",
         {"batch_size": 2, "threat_model": ThreatModel("linf", 0.006), "route": "natural"},
     ),
+    "sections": Case(
+        adapted("timm_resnet"),
+        7,
+        "pgd",
+        {
+            "batch_size": 2,
+            "threat_model": ThreatModel("linf", 0.006),
+            "route": "both",
+            "curve": [0.002, 0.02],
+            "corruptions": ["gaussian_noise"],
+        },
+    ),
     "randomised": Case(lambda: Randomised(network()), 11, WEAK, {"batch_size": 2}),
     "autoattack": Case(network, 14, [PGD(THREAT, steps=1), "autoattack"], {"batch_size": 4}),
     "autoattack-l2": Case(
@@ -148,7 +160,8 @@ LONG = Case(network, 24, [PGD(THREAT, steps=1), "autoattack"], {"batch_size": 4}
 
 def evaluate(case, **options):
     model = case.model()
-    data = images(AttackView(model, case.options.get("route", "robust")), case.count)
+    route = case.options.get("route", "robust")
+    data = images(AttackView(model, "robust" if route == "both" else route), case.count)
     options = {"threat_model": THREAT, "progress": False, **case.options, **options}
     return evaluate_robustness(model, data, options.pop("threat_model"), case.attack, **options)
 
