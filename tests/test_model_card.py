@@ -13,7 +13,7 @@ from tiny_models import MODELS, MODES, change_everything, pixels
 
 from autolora_hf import PGD, ThreatModel, evaluate_robustness, load_autolora_model
 from autolora_hf.evaluation import Accuracy
-from autolora_hf.evaluation.findings import Finding
+from autolora_hf.evaluation.findings import Finding as Diagnostic
 from autolora_hf.hub.model_card import inline, rename_card, reports_of, write_model_card
 from autolora_hf.training.diagnosis import Finding
 
@@ -263,9 +263,9 @@ def test_intervals_are_in_the_table(tmp_path):
 def test_the_diagnostics_are_summed_up(tmp_path):
     model = new_model()
     findings = [
-        Finding("zero gradients", "passed", "None."),
-        Finding("black box", "not run", "No images."),
-        Finding("random noise", "failed", "It is stronger."),
+        Diagnostic("zero gradients", "passed", "None."),
+        Diagnostic("black box", "not run", "No images."),
+        Diagnostic("random noise", "failed", "It is stronger."),
     ]
     report = measured(model, **STANDARD, findings=findings)
     model.add_result(report)
