@@ -334,7 +334,8 @@ def _diagnose(
 ) -> list[Finding]:
     """Diagnostics of gradient masking, on a few clean images that are classified correctly, spread over the data."""
     rows = correct.nonzero().squeeze(1)
-    chosen = rows[:: max(1, -(-len(rows) // MAX_IMAGES))] if len(rows) else torch.tensor([0])
+    spread = torch.linspace(0, len(rows) - 1, min(len(rows), MAX_IMAGES)).round().long()
+    chosen = rows[spread] if len(rows) else torch.tensor([0])
     pixels, labels = samples.read(chosen, view.device)
     if not len(rows):
         pixels, labels = pixels[:0], labels[:0]
