@@ -192,9 +192,9 @@ def render(rows: dict[str, dict[str, list[Finding]]], seconds: list[float]) -> s
         cells = [", ".join(_failed(found[base])) or "none" for base in HONEST]
         table.append(f"| {name} | {cells[0]} | {cells[1]} |")
     end = (
-        "Around the natural model, whose robust accuracy is 0, a defence that attacks still break is no false claim of "
-        "robustness: then nothing has to fail. What each check measures and why it failed stands in its sentence in "
-        "the report. A model that passes is not proven robust: the checks say that the attacks work as they must."
+        "Around the natural model, whose robust accuracy is 0, a defence that attacks still break is no false claim "
+        "of robustness: then nothing has to fail. What each check measures and why it failed stands in its sentence "
+        "in the report. A model that passes is not proven robust: the checks say that attacks work as they must."
     )
     blocks = ["# Diagnostics of gradient masking", textwrap.fill(head, 119), "\n".join(table), textwrap.fill(end, 119)]
     return "\n\n".join(blocks) + "\n"
