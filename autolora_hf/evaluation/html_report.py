@@ -41,6 +41,8 @@ _MOST_ROWS = 200
 # A lossless picture of photographs and noise may be far larger than anybody can see in it.
 _MOST_LOSSLESS = 300_000
 _KINDS = {"PNG": "png", "JPEG": "jpeg", "GIF": "gif", "WEBP": "webp"}
+# CSS pixels, above which a picture gets the whole width of the page.
+_WIDE = 580
 # CSS pixels an inch.
 _CSS_DPI = 96
 
@@ -180,7 +182,7 @@ def _verdict(report: RobustnessReport) -> Verdict:
 def _summary(report: RobustnessReport) -> str:
     """What was measured, in a sentence that can be quoted."""
     ran = sum(row.left_out is None for row in report.attacks)
-    attacks = "the attack" if ran == 1 else f"the strongest of {ran} attacks, image by image"
+    attacks = "the attack" if ran == 1 else f"the strongest of {ran} attacks, image by image,"
     return (
         f"The model is right for {_percent(report.natural.value)} of {report.natural.total:,} images as they are, and "
         f"for {_percent(report.robust.value)} if {attacks} may change each within the threat model "
@@ -304,7 +306,7 @@ def _confusion(report: RobustnessReport) -> dict[str, Any] | None:
             f"{worst or 'none'}.",
             "Numbers of images; of each, the answer to the attack that broke it, or the clean one if none did.",
         )
-    return {"picture": picture, "rows": rows}
+    return {"picture": picture, "rows": rows, "is_wide": picture is not None and picture.width > _WIDE}
 
 
 def _calibration(report: RobustnessReport) -> dict[str, Any] | None:
@@ -348,13 +350,17 @@ def _training(log_history: Sequence[dict[str, Any]] | None) -> Picture | None:
         return None
     return _drawn(
         training_curves_figure(log_history),
-        "Curves of the training by epoch: accuracies or validation losses, training loss and its scalars, learning rate.",
+        "Curves of the training by epoch: accuracies or validation losses, training loss and its scalars, and "
+        "learning rate.",
     )
 
 
 def _examples(examples: bytes | str | os.PathLike[str] | Figure, report: RobustnessReport) -> Picture:
     alt = "Rows of a clean image, the amplified perturbation and the adversarial image, each with the model's answer."
-    caption = f"Perturbations within {report.threat_model}; a tick marks a right answer, a cross a wrong one."
+    caption = (
+        f"Perturbations within {report.threat_model}; a tick marks a right answer, a cross a wrong one. They were "
+        "made for these pictures: a report keeps no adversarial images."
+    )
     if isinstance(examples, (str, os.PathLike)):
         examples = Path(examples).read_bytes()
     if not isinstance(examples, bytes):

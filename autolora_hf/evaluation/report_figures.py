@@ -126,19 +126,19 @@ def confusion_figure(
     if classes > MOST_NAMED_CLASSES:
         raise ValueError(f"A heat map of {classes} classes cannot be read; {MOST_NAMED_CLASSES} is the most.")
     shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
-    side = min(6.4, 2.2 + 0.32 * classes)
+    side = min(9.0, 2.2 + 0.29 * classes)
     figure = new_figure(side + 0.6, side)
     axis = figure.subplots()
     picture = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    size = 9 if classes <= 12 else 7 if classes <= 20 else 5
+    size = 9 if classes <= 12 else 7.5
     for (row, column), count in np.ndenumerate(counts):
         if count:
             colour = "white" if shares[row, column] > 0.55 else "black"
             axis.text(column, row, f"{count}", ha="center", va="center", fontsize=size, color=colour)
     names = [plain_name(class_name(label, class_names), f"class {label}", 14) for label in range(classes)]
     upright = max(map(len, names)) <= 2
-    axis.set_xticks(range(classes), names, rotation=0 if upright else 90, fontsize=max(6, size))
-    axis.set_yticks(range(classes), names, fontsize=max(6, size))
+    axis.set_xticks(range(classes), names, rotation=0 if upright else 90, fontsize=size)
+    axis.set_yticks(range(classes), names, fontsize=size)
     axis.set_xlabel(answer)
     axis.set_ylabel("true class")
     bar = figure.colorbar(picture, ax=axis, shrink=0.8, format=lambda value, _: f"{value:.0%}")
