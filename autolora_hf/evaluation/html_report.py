@@ -111,6 +111,8 @@ def html_report(
     outcomes = {name: [one for one in report.findings if one.outcome == name] for name in ("passed", "failed")}
     told = {finding.sentence for finding in outcomes["failed"]}
     data = _data(report)
+    # First, since a wrong file is an error.
+    shown = None if examples is None else _examples(examples, report)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         report=report,
         title=title or (f"Robustness on {data}" if data else "Robustness report"),
@@ -129,7 +131,7 @@ def html_report(
         calibration=_calibration(report),
         corruptions=_corruptions(report),
         further=_further(report),
-        examples=None if examples is None else _examples(examples, report),
+        examples=shown,
         training=_training(log_history),
         conditions=_conditions(report),
         settings=_settings(report),

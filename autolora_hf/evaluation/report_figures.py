@@ -63,7 +63,7 @@ def robustness_curve_figure(
     axis.set_xlabel("radius in steps of 1/255" if in_levels else "radius, in [0, 1] pixels")
     axis.set_xlim(left=0)
     _accuracy_axis(axis)
-    axis.legend(frameon=False, fontsize=8.5, loc="upper right")
+    axis.legend(loc="lower left", bbox_to_anchor=(-0.01, 1), ncols=2, frameon=False, fontsize=8.5)
     return figure
 
 

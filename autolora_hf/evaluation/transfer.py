@@ -43,7 +43,7 @@ class TransferAttack:
     source: nn.Module
     attack: PGD | None = None
     name: str = "another model"
-    weights_sha256: str = field(init=False)
+    source_sha256: str = field(init=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.source, nn.Module):
@@ -66,10 +66,10 @@ class TransferAttack:
         if isinstance(self.source, AutoLoraModel):
             # Under another route it may have other norm statistics.
             with self.source.route("robust"):
-                self.weights_sha256 = _digest(view)
+                self.source_sha256 = _digest(view)
             view = AttackView(FrozenRoute(self.source)).eval()
         else:
-            self.weights_sha256 = _digest(view)
+            self.source_sha256 = _digest(view)
         self._view = view
 
     def __str__(self) -> str:
@@ -77,7 +77,7 @@ class TransferAttack:
 
     def __repr__(self) -> str:
         # By it a checkpoint recognises the attack.
-        return f"TransferAttack(weights_sha256={self.weights_sha256!r}, attack={self.attack!r}, name={self.name!r})"
+        return f"TransferAttack(source_sha256={self.source_sha256!r}, attack={self.attack!r}, name={self.name!r})"
 
     def __call__(self, model: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
         """Images of the shape, dtype and device of `pixels`, made to fool the source."""
