@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .attacks import PGD
     from .config import AutoLoraConfig, ThreatModel
-    from .evaluation import RobustnessReport, evaluate_robustness
+    from .evaluation import RobustnessReport, TransferAttack, evaluate_robustness
     from .factory import get_autolora_model, load_autolora_model
     from .hub.export import export_onnx
     from .hub.extraction import extract_adapter, extract_for_accuracy
@@ -33,6 +33,7 @@ _MODULES = {
     "Preprocessing": "pixels",
     "RobustnessReport": "evaluation",
     "ThreatModel": "config",
+    "TransferAttack": "evaluation",
     "config_for": "objectives",
     "evaluate_robustness": "evaluation",
     "export_onnx": "hub.export",
@@ -52,6 +53,7 @@ __all__ = [
     "Preprocessing",
     "RobustnessReport",
     "ThreatModel",
+    "TransferAttack",
     "config_for",
     "evaluate_robustness",
     "export_onnx",

@@ -65,6 +65,19 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raises `OSError` if no file can be written to `path`; to be called before a long computation, not after it."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, but a file is to be written there.")
+    # Missing folders will be made.
+    home = next(folder for folder in path.absolute().parents if folder.exists())
+    if not home.is_dir():
+        raise NotADirectoryError(f"{path} cannot be written: {home} is no folder.")
+    if not os.access(home, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path} cannot be written: {home} is write-protected.")
+
+
 def write_json(content: Any, path: str | os.PathLike) -> None:
     """[`write_atomically`] of `content` as JSON: indented, but lists of numbers and short words in one line."""
     text = json.dumps(content, indent=2, allow_nan=False)

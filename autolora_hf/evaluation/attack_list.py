@@ -13,6 +13,7 @@ from ..modeling import AutoLoraModel
 from .autoattack import AutoAttackComponent, autoattack_components
 from .report import Protocol
 from .stages import Attack
+from .transfer import TransferAttack
 from .view import AttackView
 
 
@@ -48,15 +49,24 @@ def check_attacks(requested: list[Any], threat_model: ThreatModel, model: nn.Mod
                 f"`attack=[{FIRST_PASS!r}, 'autoattack']`."
             )
     for entry in requested:
-        if isinstance(entry, PGD):
-            if entry.threat_model != threat_model:
-                raise ValueError(f"{entry} attacks under {entry.threat_model}, the evaluation under {threat_model}.")
-            if entry.loss == "targeted":
+        searched = entry.attack if isinstance(entry, TransferAttack) else entry
+        if isinstance(searched, PGD):
+            if searched.threat_model != threat_model:
+                attacked = searched.threat_model
+                raise ValueError(f"{entry} attacks under {attacked}, the evaluation under {threat_model}.")
+            if searched.loss == "targeted":
                 raise ValueError("PGD with `loss='targeted'` takes classes to reach, not labels; use 'ce' or 'kl'.")
         elif not callable(entry) and entry not in ("autoattack", "pgd", FIRST_PASS):
             raise ValueError(
                 f"`attack` must be 'autoattack', 'pgd', a PGD, a callable or a list of these, got {entry!r}."
             )
+
+
+def check_transfers(requested: list[Any], model: nn.Module, pixels: Tensor, num_classes: int) -> None:
+    """Raises `ValueError` if the source of a transfer attack takes other images, as `pixels`, or has other classes."""
+    for entry in requested:
+        if isinstance(entry, TransferAttack):
+            entry.check(model, pixels, num_classes)
 
 
 def resolve_attacks(
@@ -75,7 +85,9 @@ def resolve_attacks(
 def attack_name(attack: Attack) -> str:
     if isinstance(attack, AutoAttackComponent):
         return attack.name
-    return str(attack) if isinstance(attack, (PGD, FirstPass)) else getattr(attack, "__name__", type(attack).__name__)
+    if isinstance(attack, (PGD, FirstPass, TransferAttack)):
+        return str(attack)
+    return getattr(attack, "__name__", type(attack).__name__)
 
 
 def attacks_in_words(attacks: list[Attack], protocol: Protocol) -> str:

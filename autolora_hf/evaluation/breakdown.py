@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -62,3 +63,18 @@ def confusions(labels: Sequence[int], predicted: Sequence[int], num_classes: int
     for label, answer in zip(labels, predicted, strict=True):
         counts[label][answer] += 1
     return counts
+
+
+def frequent_confusions(
+    labels: Sequence[int], predicted: Sequence[int], most: int = 15
+) -> list[tuple[int, int, int, int]]:
+    """The commonest mistakes: true class, class it is taken for, how often, and how many images the true class has.
+
+    Args:
+        labels (`Sequence[int]`), predicted (`Sequence[int]`): Classes of each image, N.
+        most (`int`): Number of entries.
+    """
+    sizes = Counter(labels)
+    found = Counter(pair for pair in zip(labels, predicted, strict=True) if pair[0] != pair[1])
+    ordered = sorted(found.items(), key=lambda item: (-item[1], item[0]))
+    return [(label, answer, count, sizes[label]) for (label, answer), count in ordered[:most]]

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..attacks import PGD
 from ..data import as_pixel_dataset
 from ..modeling import AutoLoraModel
+from .drawing import write_figure
 from .figures import adversarial_examples_figure
 from .report import RobustnessReport
 
 
-def draw_examples(
-    model: AutoLoraModel, dataset: Any, report: RobustnessReport, path: str | os.PathLike, rows: int = 6
-) -> None:
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def examples_figure(model: AutoLoraModel, dataset: Any, report: RobustnessReport, rows: int = 6) -> Figure:
     """Draws images that withstood the attacks of a report and, if there are any, up to two that did not.
 
     The pictures show PGD with 50 steps, since a report does not keep the adversarial images.
@@ -24,12 +27,11 @@ def draw_examples(
     Args:
         model (`AutoLoraModel`): The model the report is about.
         dataset: The data the report was measured on, as [`as_pixel_dataset`] takes them.
-        report (`RobustnessReport`): Names the images and says which of them withstood.
-        path (`str`): File of the picture.
+        report (`RobustnessReport`): Names the route and the images, and says which of them withstood.
         rows (`int`): Number of images.
     """
     outcome = list(zip(report.sample_indices, report.natural_correct, report.robust_correct, strict=True))
-    broken = [index for index, natural, robust in outcome if natural and not robust][:2]
+    broken = [index for index, natural, robust in outcome if natural and not robust][: min(2, rows)]
     held = [index for index, _, robust in outcome if robust]
     spaced = held[:: max(1, len(held) // rows)][: rows - len(broken)]
     # Nothing else to show of a model that is always wrong.
@@ -39,6 +41,15 @@ def draw_examples(
     reference = next(model.parameters())
     pixels = torch.stack([item["pixel_values"] for item in items]).to(reference.device)
     labels = torch.tensor([item["labels"] for item in items], device=reference.device)
-    pixel_model = model.pixel_space()
+    pixel_model = model.pixel_space(report.route)
     adversarial = PGD(report.threat_model, steps=50, restarts=2)(pixel_model, pixels, labels)
-    adversarial_examples_figure(pixel_model, pixels, labels, adversarial, model.label_names, path)
+    return adversarial_examples_figure(
+        pixel_model, pixels, labels, adversarial, report.class_names or model.label_names
+    )
+
+
+def draw_examples(
+    model: AutoLoraModel, dataset: Any, report: RobustnessReport, path: str | os.PathLike, rows: int = 6
+) -> None:
+    """Writes [`examples_figure`] to `path`; the suffix (.png, .pdf, .svg) decides the format."""
+    write_figure(examples_figure(model, dataset, report, rows), path)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..attacks import attack_mode
-from ..files import write_atomically
 from ..pixels import check_pixels
+from .breakdown import class_name
+from .drawing import BLUE, GREEN, GREY, ORANGE, RED, new_figure, plain_name, write_figure
 from .view import AttackView
 
 
@@ -22,30 +21,27 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# Okabe and Ito's palette, which readers with any colour vision can tell apart.
-_BLUE, _ORANGE, _GREEN, _RED, _GREY = "#0072B2", "#E69F00", "#00795A", "#C43C00", "#8A8A8A"
-
 _ACCURACIES = (
-    ("eval_natural_accuracy", "natural accuracy, deployed route", _BLUE, "o-"),
-    ("eval_robust_accuracy", "robust accuracy (PGD), deployed route", _RED, "s-"),
-    ("eval_natural_route_accuracy", "natural accuracy, natural route", _BLUE, "o--"),
-    ("train_natural_route_accuracy", "natural accuracy, natural route, training images", _GREY, "^:"),
+    ("eval_natural_accuracy", "natural accuracy, deployed route", BLUE, "o-"),
+    ("eval_robust_accuracy", "robust accuracy (PGD), deployed route", RED, "s-"),
+    ("eval_natural_route_accuracy", "natural accuracy, natural route", BLUE, "o--"),
+    ("train_natural_route_accuracy", "natural accuracy, natural route, training images", GREY, "^:"),
 )
 # Of objectives that do not classify.
 _LOSSES = (
-    ("eval_clean_loss", "without attack", _BLUE, "o-"),
-    ("eval_loss", "under attack (PGD)", _RED, "s-"),
+    ("eval_clean_loss", "without attack", BLUE, "o-"),
+    ("eval_loss", "under attack (PGD)", RED, "s-"),
 )
 _SCALARS = (
-    ("lambda1", "λ₁", _BLUE, "o-"),
-    ("lambda2", "λ₂", _ORANGE, "s-"),
-    ("eps_share", "share of ε", _GREEN, "^-"),
-    ("loss", "training loss", _GREY, "-"),
+    ("lambda1", "λ₁", BLUE, "o-"),
+    ("lambda2", "λ₂", ORANGE, "s-"),
+    ("eps_share", "share of ε", GREEN, "^-"),
+    ("loss", "training loss", GREY, "-"),
 )
 # Of the natural and the adversarial gradient of the feature extractor.
 _COSINES = (
-    ("gradient_cosine", "without the branch", _RED, "s-"),
-    ("gradient_cosine_branch", "with the branch", _BLUE, "o-"),
+    ("gradient_cosine", "without the branch", RED, "s-"),
+    ("gradient_cosine_branch", "with the branch", BLUE, "o-"),
 )
 
 
@@ -92,9 +88,11 @@ def adversarial_examples_figure(
         (f"perturbation \N{MULTIPLICATION SIGN} {factor}\n(grey: no change)", amplified, None),
         ("adversarial", adversarial, adversarial_answers),
     )
-    names = [f"class {label}" if class_names is None else class_names[label] for label in labels.tolist()]
 
-    figure = _figure(6.6, 2.35 * len(pixels) + 0.6)
+    def named(label: int) -> str:
+        return plain_name(class_name(label, class_names), f"class {label}")
+
+    figure = new_figure(6.6, 2.35 * len(pixels) + 0.6)
     axes = figure.subplots(len(pixels), len(columns), squeeze=False)
     for column, (title, images, answers) in enumerate(columns):
         axes[0, column].set_title(title, fontsize=11, pad=10)
@@ -106,17 +104,18 @@ def adversarial_examples_figure(
             axis.set_xticks([])
             axis.set_yticks([])
             if column == 0:
-                axis.set_ylabel(f"true: {names[row]}", fontsize=9)
+                axis.set_ylabel(f"true: {named(labels[row].item())}", fontsize=9)
             if answers is not None:
                 predicted, confidence = answers[0][row], answers[1][row]
                 correct = predicted == labels[row].item()
-                name = f"class {predicted}" if class_names is None else class_names[predicted]
-                colour = _GREEN if correct else _RED
-                axis.set_xlabel(f"{'✓' if correct else '✗'} {name}, {confidence:.0%}", color=colour, fontsize=10)
+                colour = GREEN if correct else RED
+                axis.set_xlabel(
+                    f"{'✓' if correct else '✗'} {named(predicted)}, {confidence:.0%}", color=colour, fontsize=10
+                )
                 for spine in axis.spines.values():
                     spine.set(color=colour, linewidth=2)
     if path is not None:
-        _write(figure, path)
+        write_figure(figure, path)
     return figure
 
 
@@ -135,7 +134,7 @@ def training_curves_figure(
 
     has_cosines = any(_series(log_history, key) for key, *_ in _COSINES)
     ratios = [1.5, 1.2, 1] + [1] * has_cosines
-    figure = _figure(7.2, 8 * sum(ratios) / 3.7)
+    figure = new_figure(7.2, 8 * sum(ratios) / 3.7)
     accuracies, scalars, rates, *cosines = panels = figure.subplots(len(ratios), 1, sharex=True, height_ratios=ratios)
     figure.get_layout_engine().set(hspace=0.04)
 
@@ -149,7 +148,7 @@ def training_curves_figure(
     accuracies.set_ylim(bottom=0)
     _plot(scalars, log_history, _SCALARS)
     scalars.set_ylabel("loss and its scalars")
-    _plot(rates, log_history, (("learning_rate", "learning rate", _BLUE, "-"),))
+    _plot(rates, log_history, (("learning_rate", "learning rate", BLUE, "-"),))
     for line in rates.lines:
         # Logged at the end of the epoch in which it was in force.
         line.set_drawstyle("steps-pre")
@@ -163,7 +162,7 @@ def training_curves_figure(
     rates.set_ylabel("learning rate")
     for axis in cosines:
         _plot(axis, log_history, _COSINES)
-        axis.axhline(0, color=_GREY, linewidth=1, zorder=0.5)
+        axis.axhline(0, color=GREY, linewidth=1, zorder=0.5)
         axis.set_ylim(min(-0.05, axis.dataLim.ymin - 0.05), 1.05)
         axis.set_ylabel("gradient cosine")
     panels[-1].set_xlabel("epoch")
@@ -171,7 +170,7 @@ def training_curves_figure(
     for number, (epoch, _) in enumerate(_series(log_history, "reload", skip_zero=True)):
         for axis in panels:
             label = "best weights reloaded" if number == 0 and axis is rates else None
-            axis.axvline(epoch, color=_ORANGE, linestyle=(0, (4, 3)), linewidth=1, zorder=0.5, label=label)
+            axis.axvline(epoch, color=ORANGE, linestyle=(0, (4, 3)), linewidth=1, zorder=0.5, label=label)
     for axis in panels:
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
@@ -180,20 +179,10 @@ def training_curves_figure(
             columns = 2 if axis is accuracies else 3
             axis.legend(loc="lower left", bbox_to_anchor=(-0.01, 1), ncols=columns, frameon=False, fontsize=8.5)
         else:
-            axis.text(0.5, 0.5, "not logged", transform=axis.transAxes, ha="center", va="center", color=_GREY)
+            axis.text(0.5, 0.5, "not logged", transform=axis.transAxes, ha="center", va="center", color=GREY)
     figure.align_ylabels()
     if path is not None:
-        _write(figure, path)
-    return figure
-
-
-def _figure(width: float, height: float) -> Figure:
-    """A figure with its own Agg canvas, so that no display and no global state of pyplot is needed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
+        write_figure(figure, path)
     return figure
 
 
@@ -235,9 +224,3 @@ def _plot(axis: Axes, log_history: Sequence[dict[str, Any]], quantities: Sequenc
         elif len(points) > 60:
             # One at every step of a long run would hide the line.
             line.set_marker("")
-
-
-def _write(figure: Figure, path: str | os.PathLike[str]) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=Path(path).suffix.lstrip(".") or "png")
-    write_atomically(path, buffer.getvalue())

@@ -94,7 +94,8 @@ class RouteResult:
 class RobustnessReport:
     """Natural and robust accuracy of one model on one set of images, with all that is needed to repeat it.
 
-    `print(report)` shows a table, `report.save(path)` and [`RobustnessReport.load`] keep it as JSON.
+    `print(report)` shows a table, `report.save_html(path)` writes a page with figures, `report.save(path)` and
+    [`RobustnessReport.load`] keep it as JSON.
 
     Args:
         threat_model (`ThreatModel`): The perturbations that were allowed.
@@ -280,6 +281,12 @@ class RobustnessReport:
         """Writes the report as JSON, one field a line; the file is complete or not there."""
         lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in self.to_dict().items()]
         write_atomically(path, ("{\n  " + ",\n  ".join(lines) + "\n}\n").encode())
+
+    def save_html(self, path: str | os.PathLike[str], **content: Any) -> None:
+        """Writes the report as one HTML page; the file is complete or not there. `content` as of [`html_report`]."""
+        from .html_report import html_report
+
+        write_atomically(path, html_report(self, **content).encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RobustnessReport:

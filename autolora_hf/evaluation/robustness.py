@@ -28,6 +28,7 @@ from .attack_list import (
     attack_settings,
     attacks_in_words,
     check_attacks,
+    check_transfers,
     resolve_attacks,
 )
 from .autoattack import isolated_random_state
@@ -90,7 +91,8 @@ def evaluate_robustness(
             called as `attack(model, pixels, labels) -> pixels`. `["pgd-bf16", "autoattack"]` finds the images that are
             easily broken by PGD-10 in bfloat16 first; the model itself judges what it finds, and the others get the
             whole of AutoAttack as usual. This saves time on models of little robustness. For an [`AutoLoraModel`].
-            Those that are left share other batches then, so their random starts differ.
+            Those that are left share other batches then, so their random starts differ. `["autoattack",
+            TransferAttack(other)]` adds what fools another model, which no gradient of this one is needed for.
         route (`str`): Route of the AutoLoRa model. `"both"`: the deployed one, and as `report.other_route` the other.
         max_samples (`int`, *optional*): Use a random subset of this size with the class shares of the whole set.
         sample_indices (`Sequence[int]`, *optional*): Use exactly these images, for instance those of another report.
@@ -136,6 +138,7 @@ def evaluate_robustness(
             first, _ = samples.read(torch.tensor([0]), view.device)
             num_classes = _count_classes(view, first)
             samples.check_labels(num_classes)
+            check_transfers(requested, model, first, num_classes)
             if corrupted_by:
                 check_corruptible(first)
             attacks, left_out = resolve_attacks(requested, threat_model, num_classes, tuple(first.shape[-2:]), seed)
