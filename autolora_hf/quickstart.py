@@ -42,6 +42,7 @@ from .training.publishing import CURVES
 
 TEST_SIZE = 1000
 EXAMPLES = "adversarial_examples.png"
+REPORT = "report.html"
 # Row titles of the reports and the files that those of other models are saved in.
 OWN, NATURAL, UNTRAINED = "AutoLoRa (this model)", "natural fine-tuning", "before training, new head"
 PGD_SUFFIX = ", all test digits, PGD-20"
@@ -90,8 +91,9 @@ class QuickstartSettings:
 def run_quickstart(output_dir: str | os.PathLike, settings: QuickstartSettings | None = None) -> dict[str, Any]:
     """Trains, measures, saves and draws; returns the reports by row title and the seconds each part took.
 
-    Writes into `output_dir`: the model, its card, two pictures and the reports. The same backbone is first fine-tuned
-    naturally for the same number of epochs on the same images, and measured on the same test images.
+    Writes into `output_dir`: the model, its card, two pictures, the reports, and a page about that of AutoAttack. The
+    same backbone is first fine-tuned naturally for the same number of epochs on the same images, and measured on the
+    same test images.
     """
     settings = settings or QuickstartSettings()
     output_dir = Path(output_dir)
@@ -136,6 +138,8 @@ def run_quickstart(output_dir: str | os.PathLike, settings: QuickstartSettings |
         report.save(output_dir / FILES[name])
     draw_examples(robust.model, test, own, output_dir / EXAMPLES)
     training_curves_figure(robust.state.log_history, output_dir / CURVES)
+    page = {"examples": output_dir / EXAMPLES, "log_history": robust.state.log_history}
+    own.save_html(output_dir / REPORT, title="Robustness of the quickstart's model", **page)
     write_json(robust.state.log_history, output_dir / "log_history.json")
     options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(settings).items())
     write_model_card(

@@ -75,6 +75,9 @@ def test_whole_journey_in_small(tmp_path):
         assert picture in card.text
         with Image.open(folder / picture) as image:
             assert min(image.size) > 500
+    page = (folder / "report.html").read_text()
+    assert f"{100 * own.robust_accuracy:.1f}" in page and page.count("data:image/png;base64,") >= 5
+    assert len(own.findings) == 12 and on_all.findings == []
     assert not [path for path in folder.rglob("*") if path.suffix in (".pt", ".pth", ".bin", ".pkl")]
 
 

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from ..config import radius_argument
-from ..quickstart import CURVES, EXAMPLES, QuickstartSettings, run_quickstart
+from ..quickstart import CURVES, EXAMPLES, REPORT, QuickstartSettings, run_quickstart
 from .display import show_progress, summary_table
 
 
@@ -45,7 +45,8 @@ def run(argv: list[str]) -> None:
     print(f"\nTook {time.time() - started:.0f} s: {parts}.")
     print(
         f"""
-Saved in {folder}/: the model, its card (README.md), {EXAMPLES}, {CURVES} and the reports.
+Saved in {folder}/: the model, its card (README.md), {EXAMPLES}, {CURVES},
+the reports, and {REPORT} to open in a browser.
 
 What to do next
   use it      python -c "from autolora_hf import load_autolora_model as load; print(load('{folder}').threat_model)"
