@@ -150,7 +150,8 @@ def counts(data_set: DataSet) -> dict[str, Any]:
 
 def deviations(result: Mapping[str, Any], official: DataSet) -> list[str]:
     """In which way a run is not the paper's, besides what holds for all of them; empty if in none."""
-    notes = [f"`{name} = {value}`" for name, value in sorted(result["changed"].items())]
+    changed = ((name, f"{x:g}" if isinstance(x, float) else x) for name, x in sorted(result["changed"].items()))
+    notes = [f"`{name} = {value}`" for name, value in changed]
     expected = counts(official)
     other = [f"{name} {value}" for name, value in result["counts"].items() if expected.get(name) != value]
     if other:
