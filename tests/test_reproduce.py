@@ -377,7 +377,7 @@ def test_one_command_from_files_to_the_page(all_data, tiny_checkpoint, tmp_path,
     assert result["settings"]["num_train_epochs"] == 60 and result["changed"]["num_train_epochs"] == 1
     assert result["training"]["plan"]["validation_held_out_of_training"]
     assert result["training"]["training_images"] + result["training"]["validation_images"] == CLASSES * TRAIN
-    pgd, auto = result["reports"]["pgd10"], result["reports"]["autoattack"]
+    pgd, auto = (result["reports"][name] for name in ("pgd10", "autoattack"))
     assert len(auto["sample_indices"]) == 2 and pgd["sample_digests"] == auto["sample_digests"]
     assert auto["class_names"] == NAMES[key] and auto["protocol"] != "custom"
     assert pgd["attack_settings"][0]["random_start"] is False
@@ -426,6 +426,34 @@ def test_what_was_trained_is_not_trained_again(all_data, tiny_checkpoint, tmp_pa
     assert not (folder / "result.json").exists() and "not run" in written_page(tmp_path)
     run.main(argv, minis(), TINY_BACKBONES)
     assert (folder / "result.json").is_file() and (folder / "trained.json").stat().st_mtime_ns == trained
+    # Another number of images is attacked without another training.
+    run.main(arguments(all_data, tiny_checkpoint, tmp_path / "runs", "dtd", attacked=1), minis(), TINY_BACKBONES)
+    result = json.loads((folder / "result.json").read_text())
+    assert len(result["reports"]["autoattack"]["sample_indices"]) == result["attacked"] == 1
+    assert (folder / "trained.json").stat().st_mtime_ns == trained
+
+
+def test_interrupted_training_goes_on_to_the_same_weights(all_data, tiny_checkpoint, tmp_path, monkeypatch):
+    def argv(name):
+        return [*arguments(all_data, tiny_checkpoint, tmp_path / name, "cifar10"), "--num_train_epochs", "2"]
+
+    class Killed(run.AutoLoraTrainer):
+        def _save_checkpoint(self, *args, **options):
+            super()._save_checkpoint(*args, **options)
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "AutoLoraTrainer", Killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.main(argv("killed"), minis(), TINY_BACKBONES)
+    for name in ("killed", "whole"):
+        run.main(argv(name), minis(), TINY_BACKBONES)
+    folders = [tmp_path / name / "cifar10" / "resnet18" / "autolora" / "seed-0" for name in ("killed", "whole")]
+    weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in folders]
+    assert weights[0] == weights[1]
+    results = [json.loads((folder / "result.json").read_text()) for folder in folders]
+    assert results[0]["training"]["epochs"] == results[1]["training"]["epochs"] == 2
+    assert results[0]["reports"]["pgd10"]["robust"] == results[1]["reports"]["pgd10"]["robust"]
 
 
 def test_dry_run_tells_steps_and_work(all_data, tmp_path, capsys):

@@ -98,10 +98,15 @@ def run_cell(
         "checkpoint": {"file": checkpoint.name, "sha256": _digest(checkpoint)},
         "settings": cell.settings(),
         "changed": _changed(cell, changes),
-        "attacked": attacked,
     }
+    args = _arguments(cell, folder, changes)
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs would share a batch, each with its own statistics of BatchNorm. Choose one with "
+            "CUDA_VISIBLE_DEVICES, and give the others cells of their own."
+        )
     _check_setup(folder, setup)
-    if result.is_file():
+    if result.is_file() and read_json(result)["attacked"] == attacked:
         print(f"{cell}: finished")
         return result
     if not (folder / TRAINED).is_file():
@@ -111,7 +116,6 @@ def run_cell(
 
     # What is measured is what was saved.
     model = load_autolora_model(folder / MODEL)
-    args = _arguments(cell, folder, changes)
     threat_model = args.threat_model
     # From the image itself, as the paper's code measures it.
     pgd = PGD(threat_model, args.eval_attack_steps, args.attack_step_size, random_start=False)
@@ -127,7 +131,7 @@ def run_cell(
             batch_size=args.per_device_eval_batch_size,
             device=args.device,
             progress=not args.disable_tqdm,
-            checkpoint_dir=folder / name,
+            checkpoint_dir=folder / f"{name}-{'all' if attacked is None else attacked}",
             # Once is enough, with the attack that is published.
             diagnostics=name == "autoattack",
         )
@@ -135,6 +139,7 @@ def run_cell(
         print(reports[name], flush=True)
     content = {
         **setup,
+        "attacked": attacked,
         "training": trained,
         "reports": {name: report.to_dict() for name, report in reports.items()},
         "versions": {name: importlib.metadata.version(name) for name in ("autolora-hf", "torch", "timm", "peft")},
