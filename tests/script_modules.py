@@ -8,9 +8,9 @@ from pathlib import Path
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
-def load(script):
+def load(script, folder=SCRIPTS):
     """A script as a module; the folder does not go on the path, where `coverage` would hide a package of that name."""
-    spec = importlib.util.spec_from_file_location(script, SCRIPTS / f"{script}.py")
+    spec = importlib.util.spec_from_file_location(script, folder / f"{script}.py")
     sys.modules[script] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

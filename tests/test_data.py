@@ -277,7 +277,7 @@ def test_pixel_dataset_is_returned_as_it_is_unless_it_has_another_geometry():
 
 
 def test_unknown_augmentation():
-    with pytest.raises(ValueError, match="'none', 'crop', 'crop-flip', got 'flip'"):
+    with pytest.raises(ValueError, match="'none', 'crop', 'crop-flip', 'wide-crop-flip', got 'flip'"):
         as_pixel_dataset(arrow(), PREPROCESSING, augmentation="flip")
 
 
@@ -548,7 +548,7 @@ def test_wrong_images_are_refused_by_name(image, error, messages):
 
 
 @pytest.mark.parametrize("size", [8, 32, 64, 96])
-@pytest.mark.parametrize("augmentation", ["crop", "crop-flip"])
+@pytest.mark.parametrize("augmentation", ["crop", "crop-flip", "wide-crop-flip"])
 @pytest.mark.parametrize("kind", ["picture", "tensor"])
 def test_augmentation_is_random_seeded_and_in_range(size, augmentation, kind):
     transform = PixelTransform(Preprocessing((size, size), crop_pct=1.0), augmentation)
@@ -603,6 +603,14 @@ def test_crop_of_photos_keeps_most_of_the_original():
     # The narrowest crop of 70 % of the area has an aspect ratio of 3 to 4.
     assert min(ranges) > 0.68
     assert max(ranges) - min(ranges) > 0.1
+
+
+def test_wide_crop_of_photos_shows_small_parts_too():
+    image = Image.fromarray(np.tile(np.linspace(0, 255, 400).astype(np.uint8)[None, :, None], (400, 1, 3)))
+    transform = PixelTransform(Preprocessing((96, 96)), "wide-crop-flip")
+    torch.manual_seed(0)
+    ranges = [(made[0].max() - made[0].min()).item() for made in (transform(image) for _ in range(50))]
+    assert min(ranges) < 0.5 < max(ranges)
 
 
 # --- PixelDataset ----------------------------------------------------------------------------------------------------

@@ -212,7 +212,7 @@ def as_pixel_dataset(
             data set with items `(image, label)` or dictionaries; or a `PixelDataset`, which is returned as it is.
             Images: see [`PixelTransform`].
         preprocessing (`Preprocessing`): What the model wants; see `AutoLoraModel.preprocessing`.
-        augmentation (`str`): `"none"`, `"crop"` or `"crop-flip"`; see [`PixelTransform`].
+        augmentation (`str`): `"none"`, `"crop"`, `"crop-flip"` or `"wide-crop-flip"`; see [`PixelTransform`].
         image_column (`str`, *optional*): Column of the image; found by type, then by name when left out.
         label_column (`str`, *optional*): Column of the label, likewise.
         name (`str`): What to call the data in messages, for instance "train".

@@ -18,7 +18,7 @@ from torchvision.transforms import InterpolationMode, v2
 from ..pixels import Preprocessing, check_pixels
 
 
-Augmentation = Literal["none", "crop", "crop-flip"]
+Augmentation = Literal["none", "crop", "crop-flip", "wide-crop-flip"]
 
 # Above this size images are photos that were resized to fit; up to it they usually have their native size, and the
 # recipes of CIFAR-like data apply.
@@ -27,6 +27,7 @@ _LARGEST_PADDED_SIZE = 64
 # Share of the image's area that the random crop of a photo keeps. Milder than the 0.08 of natural training: robust
 # fine-tuning is short, and the evaluation crop of 0.875 x 0.875 lies in the middle of this range.
 _CROP_SCALE = (0.7, 1.0)
+_WIDE_CROP_SCALE = (0.08, 1.0)
 
 # Times the aspect of the result. A centre crop of a longer image makes the same pixels from its middle part, without
 # scaling up the rest: a strip of 20,000 x 1 pixels would take 3 GB on its way to 224 x 224.
@@ -62,7 +63,8 @@ class PixelTransform:
         augmentation (`str`): `"none"` is the evaluation transform, which is deterministic. `"crop"` shifts the image
             by up to an eighth of its size (4 pixels of 32) and repeats its border, which suits digits and text, where
             a mirror image means something else. `"crop-flip"` adds a horizontal flip; up to 64 pixels it shifts over
-            a black border (the CIFAR recipe), above it crops 70 to 100 % of the original image's area. Randomness
+            a black border (the CIFAR recipe), above it crops 70 to 100 % of the original image's area.
+            `"wide-crop-flip"` crops 8 to 100 % there, as natural training and AutoLoRa's released code do. Randomness
             comes from torch's global generator, which [`PixelDataset`] seeds for every image.
 
     Raises:
@@ -79,16 +81,18 @@ class PixelTransform:
         self._shift: nn.Module | None = None
         self._resized_crop: nn.Module | None = None
         size = preprocessing.image_size
-        if augmentation == "crop-flip" and max(size) > _LARGEST_PADDED_SIZE:
+        flips = augmentation in ("crop-flip", "wide-crop-flip")
+        if flips and max(size) > _LARGEST_PADDED_SIZE:
             # The other filters of PIL do not exist for tensors.
             name = preprocessing.interpolation
             mode = InterpolationMode(name if name in ("nearest", "bilinear") else "bicubic")
-            self._resized_crop = v2.RandomResizedCrop(size, scale=_CROP_SCALE, interpolation=mode)
+            scale = _WIDE_CROP_SCALE if augmentation == "wide-crop-flip" else _CROP_SCALE
+            self._resized_crop = v2.RandomResizedCrop(size, scale=scale, interpolation=mode)
         elif augmentation != "none":
             padding = [max(1, round(size[1] / 8)), max(1, round(size[0] / 8))]
-            border = "constant" if augmentation == "crop-flip" else "edge"
+            border = "constant" if flips else "edge"
             self._shift = v2.RandomCrop(size, padding=padding, padding_mode=border)
-        self._flip = v2.RandomHorizontalFlip() if augmentation == "crop-flip" else None
+        self._flip = v2.RandomHorizontalFlip() if flips else None
 
     def __call__(self, image: Any, name: str = "image") -> Tensor:
         """Returns float32 pixels 3 x H x W in [0, 1].

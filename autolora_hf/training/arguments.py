@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_args
 
 import torch
 from transformers import TrainingArguments
@@ -13,6 +14,7 @@ from transformers.training_args import OptimizerNames
 from .. import checkpointing
 from ..attacks import PGD
 from ..config import PixelRadius, ThreatModel
+from ..data import Augmentation
 from ..objectives import OBJECTIVES
 from .label_free import selectable_metrics
 from .method_arguments import MethodArguments
@@ -69,7 +71,10 @@ class AutoLoraTrainingArguments(MethodArguments, TrainingArguments):
     )
     augmentation: str = field(
         default="crop-flip",
-        metadata={"help": "Training augmentation: 'crop-flip', 'crop' (digits, text) or 'none'."},
+        metadata={
+            "help": "Training augmentation: 'crop-flip', 'wide-crop-flip' (photos are cropped as in the paper's code, "
+            "to 8 to 100 per cent instead of 70 to 100), 'crop' (digits, text) or 'none'."
+        },
     )
     broken_images: str = field(
         default="skip",
@@ -142,8 +147,9 @@ class AutoLoraTrainingArguments(MethodArguments, TrainingArguments):
 
     def __post_init__(self) -> None:
         self._check_method()
-        if self.augmentation not in ("none", "crop", "crop-flip"):
-            raise ValueError(f"`augmentation` must be 'none', 'crop' or 'crop-flip', got {self.augmentation!r}.")
+        if self.augmentation not in get_args(Augmentation):
+            options = ", ".join(map(repr, get_args(Augmentation)))
+            raise ValueError(f"`augmentation` must be one of {options}, got {self.augmentation!r}.")
         if self.broken_images not in ("skip", "raise"):
             raise ValueError(f"`broken_images` must be 'skip' or 'raise', got {self.broken_images!r}.")
         for name in ("learning_rate", "max_validation_images"):
