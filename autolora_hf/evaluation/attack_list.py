@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -91,10 +92,13 @@ def attack_name(attack: Attack) -> str:
 
 
 def attacks_in_words(attacks: list[Attack], protocol: Protocol) -> str:
-    parts = [attack_name(entry) for entry in attacks if not isinstance(entry, AutoAttackComponent)]
-    components = ", ".join(str(entry) for entry in attacks if isinstance(entry, AutoAttackComponent))
-    if components:
-        parts.append(f"AutoAttack ({'standard' if protocol == 'autoattack' else 'reduced'}): {components}")
+    parts = []
+    for is_ensemble, entries in itertools.groupby(attacks, lambda entry: isinstance(entry, AutoAttackComponent)):
+        if is_ensemble:
+            version = "standard" if protocol == "autoattack" else "reduced"
+            parts.append(f"AutoAttack ({version}): {', '.join(map(str, entries))}")
+        else:
+            parts += map(attack_name, entries)
     return " + ".join(parts)
 
 

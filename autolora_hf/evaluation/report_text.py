@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
+
+from ..checks import printable
+from .accuracy import Accuracy
 
 
 if TYPE_CHECKING:
@@ -28,11 +32,12 @@ def report_text(report: RobustnessReport) -> str:
         "versions": ", ".join(f"{name} {version}" for name, version in report.versions.items()),
     }
     blocks = ["\n".join(item_line(name, text) for name, text in head.items() if text)]
-    rows = [["", "accuracy", "95 % interval", "correct"]]
-    for name, accuracy in (("natural", report.natural), ("robust", report.robust)):
-        interval = f"[{percent(accuracy.low)}, {percent(accuracy.high)}]"
-        rows.append([name, percent(accuracy.value), interval, f"{accuracy.correct} / {accuracy.total}"])
-    blocks.append(aligned_table(rows))
+    accuracies = {"natural": report.natural, "robust": report.robust}
+    accuracies |= {"natural, top-5": report.natural_top5, "under attack, top-5": report.robust_top5}
+    if report.other_route is not None:
+        route = report.other_route
+        accuracies |= {f"route {route.route}, natural": route.natural, f"route {route.route}, robust": route.robust}
+    blocks.append(_accuracies({name: accuracy for name, accuracy in accuracies.items() if accuracy is not None}))
     rows = [["after", "accuracy", "broken", "seconds"]]
     for row in report.attacks:
         if row.left_out is None:
@@ -40,9 +45,47 @@ def report_text(report: RobustnessReport) -> str:
     blocks.append(aligned_table(rows))
     if report.left_out:
         blocks.append("\n".join(item_line("not run", f"{name}: {why}") for name, why in report.left_out.items()))
+    if report.curve is not None:
+        points = {f"eps = {point.eps:.4g}": point.accuracy for point in report.curve.points}
+        blocks.append(_accuracies(points, f"under {report.curve.attack}"))
+    details = _details(report)
+    if details:
+        blocks.append("\n".join(item_line(name, text) for name, text in details.items()))
     if report.warnings:
         blocks.append("\n".join(item_line("warning", text) for text in report.warnings))
     return "\n\n".join(blocks)
+
+
+def _accuracies(accuracies: Mapping[str, Accuracy], title: str = "") -> str:
+    rows = [[title, "accuracy", "95 % interval", "correct"]]
+    for name, accuracy in accuracies.items():
+        interval = f"[{percent(accuracy.low)}, {percent(accuracy.high)}]"
+        rows.append([name, percent(accuracy.value), interval, f"{accuracy.correct} / {accuracy.total}"])
+    return aligned_table(rows)
+
+
+def _details(report: RobustnessReport) -> dict[str, str]:
+    """Further results in a line each, by name."""
+    details = {}
+    worst, calibration, corruptions = report.worst_class, report.calibration(), report.corruption_summary
+    if worst is not None:
+        accuracies = f"robust {percent(worst.robust.value)}, natural {percent(worst.natural.value)}"
+        details["worst class"] = f"{printable(worst.name)}: {accuracies}, of {worst.robust.total} images"
+    if report.curve is not None:
+        largest = report.curve.points[-1].eps
+        details["expected"] = f"{percent(report.curve.expected_robustness)} robust, over radii from 0 to {largest:.4g}"
+    if calibration is not None:
+        details["calibration"] = f"expected calibration error {calibration.ece:.3f} on clean images"
+    if corruptions is not None:
+        severities = ", ".join(map(str, corruptions.severities))
+        kinds = f"{len(corruptions.by_corruption)} corruptions, severities {severities}"
+        details["corruptions"] = f"{percent(corruptions.mean_accuracy)} in the mean of {kinds}"
+    if report.findings:
+        passed = sum(finding.outcome == "passed" for finding in report.findings)
+        failed = [finding.name for finding in report.findings if finding.outcome == "failed"]
+        what = f"; failed: {', '.join(failed)}" if failed else ""
+        details["diagnostics"] = f"{passed} of {len(report.findings)} checks of gradient masking passed{what}"
+    return details
 
 
 def standard_warnings(report: RobustnessReport) -> list[str]:

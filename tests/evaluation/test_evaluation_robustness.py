@@ -86,6 +86,8 @@ def test_own_attacks_next_to_autoattack():
     )
     assert [row.name for row in report.attacks] == ["nudge", "APGD-CE", "APGD-DLR", "FAB-T", "Square", "APGD-T"]
     assert [row.broken for row in report.attacks] == [1, 1, 0, 0, 0, 0]
+    report = evaluate(Channel(), (pixels, labels), ["autoattack", nudge])
+    assert report.attack.startswith("AutoAttack (reduced): APGD-CE") and report.attack.endswith("queries) + nudge")
 
 
 def test_claims_of_an_attack_are_not_believed():

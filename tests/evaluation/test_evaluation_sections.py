@@ -260,6 +260,30 @@ def test_a_model_with_one_route_has_no_other(config):
 # ---- together ----
 
 
+def test_the_text_has_every_section():
+    model = MODELS["timm_resnet"].adapted(num_classes=6)
+    x = pixels(6)
+    labels = model.pixel_space()(x).argmax(1).detach()
+    options = {"curve": [0.01, 0.02], "corruptions": ["contrast"], "route": "both", "diagnostics": True}
+    report = evaluate((x, labels), PGD(LINF, steps=2), model, **options)
+    text = str(report)
+    for part in (
+        "natural, top-5",
+        "under attack, top-5",
+        "route natural, robust",
+        "under PGD-20",
+        "eps = 0.01",
+        "worst class   class",
+        f"{100 * report.curve.expected_robustness:.2f} % robust, over radii from 0 to 0.02",
+        "expected calibration error",
+        "in the mean of 1 corruptions, severities 1, 2, 3, 4, 5",
+        "checks of gradient masking passed",
+    ):
+        assert part in text, part
+    plain = str(evaluate(case([0.2], [0])))
+    assert "top-5" not in plain and "severities" not in plain and "diagnostics" not in plain
+
+
 @pytest.mark.parametrize("finished", range(0, 16, 3))
 def test_sections_are_resumed(tmp_path, finished):
     """Killed after any number of batches, with curve and corruptions, an evaluation ends with the same report."""
