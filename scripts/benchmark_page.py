@@ -1,4 +1,4 @@
-"""The page of results: docs/results.md from docs/results.json and docs/sensitivity.json. All its figures are theirs."""
+"""The page of results, docs/results.md: all its figures are from docs/results.json and docs/sensitivity.json."""
 
 from __future__ import annotations
 
@@ -100,15 +100,15 @@ def _setting(name: str, task: Task, rows: list[Row], backbone: dict[str, Any] | 
     if backbone is not None:
         found = backbone["measured"]
         pre = (
-            f" Its backbone ({backbone['parameters']:,} parameters) has {100 * found['natural_accuracy']:.1f} per cent "
-            f"natural accuracy on the task that it is from and {100 * found['pgd20_accuracy']:.1f} under PGD-20 "
-            f"({found['samples']:,} test images)."
+            f" On the task that it is from the backbone ({backbone['parameters']:,} parameters) has "
+            f"{100 * found['natural_accuracy']:.1f} per cent natural accuracy and "
+            f"{100 * found['pgd20_accuracy']:.1f} under PGD-20 ({found['samples']:,} test images)."
         )
     eps = f"{task.eps * 255:g}/255" if task.eps < 0.05 else f"{task.eps:g}"
     return (
         f"`python scripts/benchmark_methods.py --task {name}`, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, "
-        f"{'; '.join(devices)}; seeds {', '.join(map(str, seeds))}. {task.what}{pre} Training: {task.train_images:,} images, "
-        f"of which {100 * task.validation_fraction:g} per cent are held out, {task.epochs} epochs, batches of "
+        f"{'; '.join(devices)}; seeds {', '.join(map(str, seeds))}. {task.what}{pre} Training: {task.train_images:,} "
+        f"images, of which {100 * task.validation_fraction:g} per cent are held out, {task.epochs} epochs, batches of "
         f"{task.batch_size}, PGD-{task.attack_steps}, Linf {eps}. AutoAttack: {' or '.join(map(str, counts))} of the "
         f"{task.test_images:,} test images."
     )
@@ -208,6 +208,6 @@ def _verdict(pairs: list[Pair]) -> str:
     return (
         f"Under AutoAttack {len(higher)} of {len(pairs)} systems have a higher mean than AutoLoRa's defaults"
         + (f" ({', '.join(higher)})" if higher else "")
-        + f". Shown at the level of {100 * LEVEL:g} per cent, under AutoAttack: better than AutoLoRa: {names(-1, 2)}; worse: "
-        f"{names(1, 2)}. Under PGD-20: better: {names(-1, 1)}; worse: {names(1, 1)}."
+        + f". Shown at the level of {100 * LEVEL:g} per cent under AutoAttack: better than AutoLoRa: {names(-1, 2)}; "
+        f"worse: {names(1, 2)}. Under PGD-20: better: {names(-1, 1)}; worse: {names(1, 1)}."
     )

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
-import resource
-import sys
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from benchmark_systems import System
 from benchmark_tasks import TASKS, device_in_words
@@ -48,8 +48,7 @@ def measure(task: str, system: System, seed: int, attacked: int | None = None, r
         except ValueError as error:
             # Such as norms that the backbone does not have.
             return {**row, "refused": str(error)}
-        before = _memory()
-        started = _clock()
+        before, started = _memory(), _clock()
         trainer.train()
         row["training_seconds"] = _clock() - started
         row["memory_mb"] = (_peak_memory() - before) / 2**20
@@ -93,19 +92,22 @@ def _clock() -> float:
 
 
 def _memory() -> int:
-    """Bytes that this process holds now, on the device that trains."""
+    """Bytes that this process holds now, on the device that trains; from now on the peak is counted anew."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    return psutil.Process().memory_info().rss
+    gc.collect()
+    # Linux' own way; reading the images took more than the training does.
+    Path("/proc/self/clear_refs").write_text("5")
+    return _peak_memory()
 
 
 def _peak_memory() -> int:
-    """The most bytes that this process ever held."""
+    """The most bytes that this process held since then."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return 1024 * int(found[1])
 
 
 def run_all(jobs: Iterable[tuple], keep: Callable[[dict[str, Any]], None], workers: int) -> list[str]:

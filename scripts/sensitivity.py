@@ -1,8 +1,8 @@
 """Does AutoLoRa with its defaults match methods that were tuned? The quickstart's task, each over a grid of settings.
 
-Trains every point of `GRIDS` (`sensitivity_page.py`): learning rates, and the loss weights where a method has them, with
-AutoLoRa over the same learning rates; three seeds each. Writes docs/sensitivity.json after every run, so that it can be
-stopped and started again, docs/sensitivity.png, and the section of docs/results.md.
+Trains every point of `GRIDS` (`sensitivity_page.py`): learning rates, and the loss weights where a method has them,
+with AutoLoRa over the same learning rates; three seeds each. Writes docs/sensitivity.json after every run, so that it
+can be stopped and started again, docs/sensitivity.png, and the section of docs/results.md.
 
     python scripts/sensitivity.py                       # one process for each core
     python scripts/sensitivity.py --render              # section and figure of what is there

@@ -134,17 +134,17 @@ def sensitivity_section(rows: list[Row]) -> Iterator[str]:
     yield "## Sensitivity: does anything have to be tuned?"
     yield wrap(
         f"`python scripts/sensitivity.py`, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, {devices}; seeds "
-        f"{', '.join(map(str, seeds))}; {measured} of the {total} points of the grids are measured with all of them. The "
-        f"task is `digits`, with AutoAttack on {images} of its test images and PGD-20 on all. Every learning rate at the "
-        f"start ({', '.join(f'{rate:g}' for rate in RATES)}; half of that for adapters) is combined with every loss "
-        "weight; everything else, the shape of the learning rate included, is each method's own. AutoLoRa's paper "
-        "promises that it needs no such search and shows no grid."
+        f"{', '.join(map(str, seeds))}; {measured} of the {total} points of the grids are measured with all of them. "
+        f"The task is `digits`, with AutoAttack on {images} of its test images and PGD-20 on all. Every learning rate "
+        f"at the start ({', '.join(f'{rate:g}' for rate in RATES)}; half of that for adapters) is combined with every "
+        "loss weight; everything else, the shape of the learning rate included, is each method's own. AutoLoRa's "
+        "paper promises that it needs no such search and shows no grid."
     )
     yield wrap(
         "*Picked* is what somebody gets who searches the grid: the point with the highest robust validation accuracy "
         "(mean over the seeds; 50 images each), measured on test images. *Best* is the highest accuracy on the test "
-        "images themselves, which nobody can pick beforehand and which chance makes too high. Differences are AutoLoRa's "
-        "defaults less the other, tested as above."
+        "images themselves, which nobody can pick beforehand and which chance makes too high. Differences are "
+        "AutoLoRa's defaults less the other, tested as above, without an adjustment for the number of tests."
     )
     for attack, name in ATTACKS.items():
         yield f"### {name}"
@@ -154,7 +154,8 @@ def sensitivity_section(rows: list[Row]) -> Iterator[str]:
 
 
 def _table(found: dict[str, list[Setting]], default: Setting, attack: str) -> Iterator[str]:
-    yield "| method | points | picked | default less picked [95 %] | p | best | default less best [95 %] | p | median | worst |"
+    head = "| method | points | picked | default less picked [95 %] | p | best | default less best [95 %] | p "
+    yield head + "| median | worst |"
     yield "|---|---:|---|---:|---:|---|---:|---:|---:|---:|"
     yield f"| **AutoLoRa, defaults** | 1 | {_percent(default.accuracy(attack))} | | | | | | | |"
     for method, grid in found.items():

@@ -124,8 +124,8 @@ def crossed_difference(own: Sequence[Sequence[bool]], others: Sequence[Sequence[
     are both samples. The verdicts of one training are not independent, and neither are those on one image: pooling
     them, as McNemar's test would, takes chance for a difference. Here the differences by training and image are a
     two-way layout with both factors at random (Dorfman, Berbaum & Metz, Investigative Radiology 27, 1992), with the
-    degrees of freedom of Hillis (Statistics in Medicine 26, 2007). Where images vary little beside the trainings, it is
-    the t-test of the trainings' accuracies.
+    degrees of freedom of Hillis (Statistics in Medicine 26, 2007). Where images differ little beside the trainings, it
+    is the paired t-test of the trainings' accuracies.
 
     Args:
         own (`Sequence[Sequence[bool]]`): For each training of one method, whether each image is classified correctly.
@@ -164,10 +164,10 @@ def crossed_difference(own: Sequence[Sequence[bool]], others: Sequence[Sequence[
 def sign_flip_p_value(own: Sequence[Sequence[bool]], others: Sequence[Sequence[bool]]) -> float:
     """Two-sided exact permutation test of *these* trained networks: would they differ on other images, too?
 
-    Of each image the verdicts of all trainings are added up, so that an image counts once. If neither method is better,
-    the difference of an image is as likely of the one sign as of the other (Fisher, The Design of Experiments, 1935,
-    section 21). With one training it is McNemar's exact test. Nothing is said about other trainings of the methods: see
-    [`crossed_difference`].
+    Of each image the verdicts of all trainings are added up, so that an image counts once. If neither method is
+    better, the difference of an image is as likely of the one sign as of the other (Fisher, The Design of Experiments,
+    1935, section 21). With one training it is McNemar's exact test. Nothing is said about other trainings of the
+    methods: see [`crossed_difference`].
 
     Args:
         own (`Sequence[Sequence[bool]]`), others (`Sequence[Sequence[bool]]`): As for [`crossed_difference`]; one
