@@ -37,9 +37,15 @@ SEEDS = (0, 1, 2)
 
 
 def wanted(task: str, only: list[str] | None) -> list[str]:
-    """Names of the systems of a task that contain one of the words."""
-    names = SYSTEMS if task == "digits" else ELSEWHERE
-    return [name for name in names if not only or any(word.lower() in name.lower() for word in only)]
+    """Names of the systems of a task that contain one of the words; a word that is a whole name is that one alone."""
+    names = [*ELSEWHERE, *(name for name in SYSTEMS if name not in ELSEWHERE and task == "digits")]
+    if not only:
+        return names
+    return [
+        name
+        for name in names
+        if any(word == name if word in SYSTEMS else word.lower() in name.lower() for word in only)
+    ]
 
 
 def main() -> None:
