@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import timm
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from pretrain_quickstart_backbone import read_split
 from torch import Tensor, nn
@@ -59,6 +60,12 @@ class Images(NamedTuple):
         """A random one with equal shares of the classes."""
         chosen = stratified_subset(self.labels.tolist(), size, seed)
         return Images(self.pixels[chosen], self.labels[chosen])
+
+    def padded(self, size: int) -> Images:
+        """With a black margin, `size` pixels square."""
+        margin = size - self.pixels.shape[-1]
+        before, after = margin // 2, margin - margin // 2
+        return Images(F.pad(self.pixels, (before, after, before, after)), self.labels)
 
 
 def _folder(package: str, path: str) -> Path:

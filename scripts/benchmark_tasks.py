@@ -6,6 +6,7 @@
 | `digits-vit` | a small ViT, robust on Fashion-MNIST | the same |
 | `clothing` | the quickstart's architecture, robust on MNIST digits | 1,000 images of Fashion-MNIST |
 | `photos` | ImageNet's EfficientNet-Lite0, not robust | 111 photographs |
+| `digits-large` | ResNet-18 at 32 pixels, robust on Fashion-MNIST under PGD-10 | 4,000 MNIST digits; for a GPU |
 
 Where a robust backbone is not there, it is trained first, which takes up to half an hour, and kept in
 `~/.cache/autolora-benchmark` (or `BENCHMARK_CACHE`):
@@ -62,6 +63,7 @@ class Recipe:
         epochs (`int`), attack_steps (`int`), eps (`float`): Of the training.
         eps_hinges (`tuple[float, float]`): Shares of the training between which the radius grows: from random weights
             the full one stalls.
+        size (`int`): Of the images, which get a margin.
         arguments (`dict`): Further training arguments.
     """
 
@@ -72,11 +74,12 @@ class Recipe:
     attack_steps: int = 5
     eps: float = 0.1
     eps_hinges: tuple[float, float] = (0.0, 0.3)
+    size: int = 28
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def network(self) -> nn.Module:
         """With random weights."""
-        cfg = {"input_size": (3, 28, 28), "mean": MEAN, "std": STD, "crop_pct": 1.0, "num_classes": 10}
+        cfg = {"input_size": (3, self.size, self.size), "mean": MEAN, "std": STD, "crop_pct": 1.0, "num_classes": 10}
         return timm.create_model(self.architecture, num_classes=10, pretrained_cfg_overlay=cfg, **self.model_args)
 
     def folder(self) -> Path:
@@ -106,7 +109,8 @@ def robust_backbone(recipe: Recipe) -> nn.Module:
 def _pretrain(recipe: Recipe) -> tuple[nn.Module, dict[str, Any]]:
     read = {"clothes": clothes, "digits": digits}[recipe.data]
     torch.manual_seed(0)
-    network, train, test = recipe.network(), read("train"), read("test").subset(1000, seed=0)
+    network, train = recipe.network(), read("train").padded(recipe.size)
+    test = read("test").subset(1000, seed=0).padded(recipe.size)
     with tempfile.TemporaryDirectory() as folder:
         args = AutoLoraTrainingArguments(
             folder,
@@ -266,6 +270,15 @@ DIGIT_RESNET = Recipe(
     epochs=30,
     arguments={"learning_rate": 0.1, "schedule": "cosine", "weight_decay": 5e-4},
 )
+LARGE = Recipe(
+    "resnet18_cifar",
+    {},
+    data="clothes",
+    epochs=20,
+    attack_steps=10,
+    size=32,
+    arguments={"learning_rate": 0.1, "schedule": "cosine", "weight_decay": 5e-4},
+)
 SIZE = 64
 
 
@@ -325,6 +338,21 @@ TASKS: dict[str, Task] = {
         image_size=SIZE,
         dataset="photographs of Tux Paint's stamps (GPL)",
         license=None,
+    ),
+    "digits-large": Task(
+        title="Clothes to digits, ResNet-18",
+        what="A ResNet-18 with a stem for small images, adversarially trained on Fashion-MNIST, becomes a classifier "
+        "of digits.",
+        label_names=DIGITS,
+        backbone=partial(robust_backbone, LARGE),
+        train=lambda seed: digits("train").padded(LARGE.size),
+        test=lambda: digits("test").padded(LARGE.size),
+        epochs=20,
+        batch_size=128,
+        attack_steps=10,
+        train_images=4000,
+        attacked=1000,
+        recipe=LARGE,
     ),
 }
 

@@ -33,7 +33,9 @@ def pictures(images):
 # ---- data ----
 
 
-@pytest.mark.parametrize(("name", "size", "largest"), [("digits", 28, 1), ("clothing", 28, 1), ("photos", 64, 4)])
+@pytest.mark.parametrize(
+    ("name", "size", "largest"), [("digits", 28, 1), ("digits-large", 32, 1), ("clothing", 28, 1), ("photos", 64, 4)]
+)
 def test_tasks_have_balanced_classes_and_unseen_test_images(name, size, largest):
     task = tasks.TASKS[name]
     train, test = available(lambda: (task.train(0), task.test()))
