@@ -1,11 +1,13 @@
-"""Whether a re-measured accuracy is lower than a claimed one: exact tests, and what drop they could have noticed."""
+"""Whether accuracies differ: a claimed one from a re-measured one, and one method of training from another."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from scipy.stats import beta, binomtest, hypergeom
+import numpy as np
+from scipy.stats import beta, binomtest, hypergeom, t
 
 from .accuracy import Accuracy
 
@@ -97,3 +99,90 @@ def unpaired_detectable_drop(claimed: Accuracy, total: int, level: float = LEVEL
         low, high = (middle, high) if fails(middle) else (low, middle)
     # The largest accuracy under which so few correct images have probability `POWER`.
     return max(claimed.value - float(beta.ppf(1 - POWER, low + 1, total - low)), 0.0)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """By how much one method is more accurate than another, and whether that may be chance.
+
+    Args:
+        value (`float`): Mean difference of the accuracies, in [-1, 1].
+        low (`float`), high (`float`): Ends of its 95 % confidence interval.
+        p_value (`float`): Two-sided, of both methods being equally accurate; in [0, 1].
+    """
+
+    value: float
+    low: float
+    high: float
+    p_value: float
+
+
+def crossed_difference(own: Sequence[Sequence[bool]], others: Sequence[Sequence[bool]]) -> Difference:
+    """Compares two methods of training: several trainings of each, all measured on the same images.
+
+    What is asked is whether one method is better on new images *and* when it is trained anew, so trainings and images
+    are both samples. The verdicts of one training are not independent, and neither are those on one image: pooling
+    them, as McNemar's test would, takes chance for a difference. Here the differences by training and image are a
+    two-way layout with both factors at random (Dorfman, Berbaum & Metz, Investigative Radiology 27, 1992), with the
+    degrees of freedom of Hillis (Statistics in Medicine 26, 2007). Where images differ little beside the trainings, it
+    is the paired t-test of the trainings' accuracies.
+
+    Args:
+        own (`Sequence[Sequence[bool]]`): For each training of one method, whether each image is classified correctly.
+        others (`Sequence[Sequence[bool]]`): The same of the other method. Trainings in the same place are paired, for
+            instance by their seed; so are images.
+
+    Raises:
+        ValueError: If there are fewer than two trainings or images, or the two differ in their number.
+    """
+    first, second = (np.asarray(verdicts, dtype=float) for verdicts in (own, others))
+    if first.shape != second.shape or first.ndim != 2 or min(first.shape) < 2:
+        raise ValueError(
+            "Both methods need the same trainings and images, two of each or more: got "
+            f"{first.shape} and {second.shape} (trainings, images)."
+        )
+    table = first - second
+    trainings, images = table.shape
+    mean = float(table.mean())
+    by_training, by_image = table.mean(1, keepdims=True), table.mean(0, keepdims=True)
+    rest = table - by_training - by_image + mean
+    of_training = images * float(by_training.var(ddof=1))
+    of_image = trainings * float(by_image.var(ddof=1))
+    of_rest = float((rest**2).sum()) / ((trainings - 1) * (images - 1))
+    spread = of_training + max(of_image - of_rest, 0.0)
+    if spread < 1e-12:
+        # The same difference for every training and image.
+        return Difference(mean, mean, mean, 1.0 if mean == 0 else 0.0)
+    error = math.sqrt(spread / table.size)
+    # Without any variation between trainings that of the images is all there is.
+    freedom = spread**2 / (of_training**2 / (trainings - 1)) if of_training > 0 else math.inf
+    margin = float(t.ppf(0.975, freedom)) * error
+    p_value = min(1.0, 2 * float(t.sf(abs(mean) / error, freedom)))
+    return Difference(mean, max(mean - margin, -1.0), min(mean + margin, 1.0), p_value)
+
+
+def sign_flip_p_value(own: Sequence[Sequence[bool]], others: Sequence[Sequence[bool]]) -> float:
+    """Two-sided exact permutation test of *these* trained networks: would they differ on other images, too?
+
+    Of each image the verdicts of all trainings are added up, so that an image counts once. If neither method is
+    better, the difference of an image is as likely of the one sign as of the other (Fisher, The Design of Experiments,
+    1935, section 21). With one training it is McNemar's exact test. Nothing is said about other trainings of the
+    methods: see [`crossed_difference`].
+
+    Args:
+        own (`Sequence[Sequence[bool]]`), others (`Sequence[Sequence[bool]]`): As for [`crossed_difference`]; one
+            training is enough.
+
+    Returns:
+        The probability, if no method is better, of a difference as large as this one; in (0, 1].
+    """
+    differences = np.asarray(own, dtype=int).sum(0) - np.asarray(others, dtype=int).sum(0)
+    sizes = np.abs(differences[differences != 0])
+    total = int(sizes.sum())
+    # The exact distribution of the sum of all differences with random signs; position 0 is -total.
+    chances = np.zeros(2 * total + 1)
+    chances[total] = 1.0
+    for size in sizes.tolist():
+        chances = (np.roll(chances, size) + np.roll(chances, -size)) / 2
+    distance = np.abs(np.arange(-total, total + 1))
+    return min(1.0, float(chances[distance >= abs(int(differences.sum()))].sum()))

@@ -1,17 +1,22 @@
-"""The tests that compare a claimed accuracy with a re-measured one: exact values, calibration, power."""
+"""The tests that compare accuracies, claimed with re-measured ones and methods with each other: exact values,
+calibration, power."""
+
+import itertools
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binom, fisher_exact
+from scipy.stats import binom, binomtest, fisher_exact, ttest_rel
 
 from autolora_hf.evaluation import Accuracy
 from autolora_hf.evaluation.comparison import (
     LEVEL,
+    crossed_difference,
     holm,
     paired_detectable_drop,
     paired_p_value,
+    sign_flip_p_value,
     unpaired_detectable_drop,
     unpaired_p_value,
 )
@@ -128,3 +133,105 @@ def test_too_few_images_notice_nothing():
     assert unpaired_detectable_drop(accuracy(0, 100), 100) is None
     # Fisher's lady again: only zero of four fails, which has probability 0.8 at an accuracy of 1 - 0.8^(1/4).
     assert unpaired_detectable_drop(accuracy(4, 4), 4, 1 / 69) == pytest.approx(0.8 ** (1 / 4))
+
+
+# ---- methods ----
+
+
+def drawn(random, shape, mean=0.7, of_training=0.0, of_image=0.25):
+    """Verdicts of trainings on images; some trainings are better, some images easier."""
+    chance = mean + of_training * random.standard_normal((shape[0], 1)) + of_image * random.standard_normal(shape[1])
+    return random.random(shape) < chance
+
+
+def test_where_images_do_not_matter_it_is_the_t_test_of_the_trainings():
+    # Every training has its images right in another place, so images differ no more than the rest does.
+    own = np.array([[1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1], [1, 1, 0, 0, 1, 1]], dtype=bool)
+    others = np.array([[0, 0, 0, 1, 1, 0], [1, 0, 0, 0, 0, 1], [0, 1, 1, 0, 0, 0]], dtype=bool)
+    found = crossed_difference(own, others)
+    expected = ttest_rel(own.mean(1), others.mean(1))
+    interval = expected.confidence_interval(0.95)
+    assert found.value == pytest.approx(own.mean() - others.mean())
+    assert found.p_value == pytest.approx(expected.pvalue)
+    assert (found.low, found.high) == pytest.approx((max(interval.low, -1), min(interval.high, 1)))
+
+
+def test_where_trainings_agree_images_are_all_there_is():
+    one = np.arange(400) % 4 > 0
+    other = np.arange(400) % 5 > 0
+    found = crossed_difference([one, one], [other, other])
+    # The z-test of the images' differences.
+    differences = one.astype(float) - other
+    error = differences.std(ddof=1) / 20
+    assert found.value == pytest.approx(-0.05)
+    assert (found.low, found.high) == pytest.approx((-0.05 - 1.96 * error, -0.05 + 1.96 * error), abs=1e-4)
+
+
+def test_the_same_verdicts_differ_in_nothing():
+    verdicts = drawn(np.random.default_rng(0), (3, 50))
+    found = crossed_difference(verdicts, verdicts)
+    assert (found.value, found.low, found.high, found.p_value) == (0, 0, 0, 1)
+    assert sign_flip_p_value(verdicts, verdicts) == 1
+    nothing, everything = np.zeros((2, 9), bool), np.ones((2, 9), bool)
+    assert crossed_difference(everything, nothing).p_value == 0
+
+
+def test_the_other_way_round():
+    random = np.random.default_rng(1)
+    own, others = drawn(random, (3, 60)), drawn(random, (3, 60), mean=0.5)
+    one, other = crossed_difference(own, others), crossed_difference(others, own)
+    assert (one.value, one.low, one.high) == pytest.approx((-other.value, -other.high, -other.low))
+    assert one.p_value == pytest.approx(other.p_value)
+    assert sign_flip_p_value(own, others) == pytest.approx(sign_flip_p_value(others, own))
+
+
+@pytest.mark.parametrize(
+    "shapes", [((1, 9), (1, 9)), ((3, 1), (3, 1)), ((3, 9), (2, 9)), ((3, 9), (3, 8)), ((9,), (9,))]
+)
+def test_what_cannot_be_compared(shapes):
+    own, others = (np.ones(shape, bool) for shape in shapes)
+    with pytest.raises(ValueError, match="two of each"):
+        crossed_difference(own, others)
+
+
+@pytest.mark.parametrize("of_training", [0.0, 0.1])
+def test_equal_methods_seldom_differ(of_training):
+    """Five per cent of the time, about; pooling the verdicts would say so far more often where trainings vary."""
+    random = np.random.default_rng(2)
+    rounds, found, pooled = 400, 0, 0
+    for _ in range(rounds):
+        easy = 0.2 * random.standard_normal(200)
+        own, others = (
+            random.random((3, 200)) < 0.7 + of_training * random.standard_normal((3, 1)) + easy for _ in range(2)
+        )
+        found += crossed_difference(own, others).p_value <= LEVEL
+        lost, gained = int((own & ~others).sum()), int((others & ~own).sum())
+        pooled += binomtest(lost, lost + gained).pvalue <= LEVEL
+    assert found / rounds <= LEVEL + 3 * (LEVEL * (1 - LEVEL) / rounds) ** 0.5
+    if of_training:
+        assert pooled / rounds > 0.3
+
+
+def test_a_better_method_is_found():
+    random = np.random.default_rng(3)
+    found = [
+        crossed_difference(*(drawn(random, (3, 1000), mean, of_training=0.01, of_image=0) for mean in (0.8, 0.6)))
+        for _ in range(40)
+    ]
+    assert sum(one.p_value <= LEVEL for one in found) >= 34
+    assert sum(one.low <= 0.2 <= one.high for one in found) >= 34
+
+
+def test_signs_are_flipped_image_by_image():
+    random = np.random.default_rng(4)
+    own, others = drawn(random, (2, 10)), drawn(random, (2, 10), 0.4)
+    differences = own.astype(int).sum(0) - others.astype(int).sum(0)
+    sums = [abs(np.dot(signs, differences)) for signs in itertools.product((-1, 1), repeat=10)]
+    assert sign_flip_p_value(own, others) == pytest.approx(np.mean(np.array(sums) >= abs(differences.sum())))
+
+
+@pytest.mark.parametrize(("lost", "gained"), [(8, 1), (3, 3), (0, 5), (20, 9)])
+def test_with_one_training_it_is_mcnemars_test(lost, gained):
+    own = [[True] * lost + [False] * gained + [True] * 7]
+    others = [[False] * lost + [True] * gained + [True] * 7]
+    assert sign_flip_p_value(own, others) == pytest.approx(binomtest(lost, lost + gained).pvalue)

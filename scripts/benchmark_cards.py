@@ -1,0 +1,49 @@
+"""Model cards of adapters that were really trained on the tasks of the benchmarks, in `model_cards/`."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from benchmark_systems import SYSTEMS
+from benchmark_tasks import TASKS
+from torch.utils.data import TensorDataset
+
+from autolora_hf import PGD
+from autolora_hf.evaluation import training_curves_figure
+from autolora_hf.hub.model_card import write_model_card
+from autolora_hf.training.publishing import CURVES
+
+
+CARDS = Path(__file__).parents[1] / "model_cards"
+ADAPTER = SYSTEMS["AutoLoRa, mode adapter"]
+
+
+def write_card(name: str) -> Path:
+    """Trains AutoLoRa's adapter on a task with seed 0, measures it, and writes model and card into a folder.
+
+    AutoAttack is run in full on the task's test images for it, PGD-20 on all of them.
+    """
+    task, folder = TASKS[name], CARDS / f"{name}-adapter"
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as run:
+        trainer = task.trainer(ADAPTER.objective, 0, run, ADAPTER.config, **ADAPTER.arguments)
+        trainer.train()
+        test = TensorDataset(*task.test())
+        trainer.evaluate_robustness(test, max_samples=task.attacked, seed=0, progress=False, diagnostics=False)
+        attack = PGD(trainer.args.threat_model, steps=20)
+        trainer.evaluate_robustness(test, attack, progress=False, diagnostics=False)
+        trainer.model.save_pretrained(folder)
+        training_curves_figure(trainer.state.log_history, folder / CURVES)
+        write_model_card(
+            folder,
+            trainer.model,
+            dataset=task.dataset,
+            separate=True,
+            training_note=f"{task.what} The backbone is made by `scripts/benchmark_tasks.py`.",
+            command=f"python scripts/benchmark_methods.py --task {name} --cards",
+            figures={"The training: validation accuracies, loss scalars, learning rate": CURVES},
+            license=task.license,
+        )
+    return folder

@@ -1,0 +1,248 @@
+"""The grids of the study of sensitivity, and what their results say: a section of docs/results.md, and a figure."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from benchmark_run import unpacked
+from benchmark_systems import System, adapter
+from matplotlib.figure import Figure
+from results_text import points, probability, wrap
+
+from autolora_hf.evaluation import Accuracy
+from autolora_hf.evaluation.comparison import LEVEL, Difference, crossed_difference
+
+
+DOCS = Path(__file__).parents[1] / "docs"
+SENSITIVITY, FIGURE = DOCS / "sensitivity.json", DOCS / "sensitivity.png"
+Row = dict[str, Any]
+ATTACKS = {"autoattack": "AutoAttack", "pgd20": "PGD-20"}
+
+
+class Point(NamedTuple):
+    """One setting of a method: a system of the benchmark that starts at a learning rate."""
+
+    system: System
+    rate: float
+
+
+RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
+
+
+def _grid(name: str, objective: str, options: list[dict[str, float]], **config: Any) -> list[Point]:
+    """Every learning rate with all options; those of adapters are half as high, as their default is."""
+    rates = [rate / 2 for rate in RATES] if config else RATES
+    found = []
+    for kwargs in options:
+        for rate in rates:
+            setting = ", ".join([f"rate {rate:g}", *(f"{key} {value:g}" for key, value in kwargs.items())])
+            arguments = {"objective_kwargs": kwargs} if kwargs else {}
+            found.append(Point(System(f"{name}, {setting}", objective, config, arguments), rate))
+    return found
+
+
+GRIDS: dict[str, list[Point]] = {
+    "AutoLoRa": _grid("AutoLoRa", "autolora", [{}]),
+    "PGD-AT": _grid("PGD-AT", "pgd-at", [{}]),
+    "TRADES": _grid("TRADES", "trades", [{"beta": beta} for beta in (1.0, 3.0, 6.0, 12.0)]),
+    "TWINS-TRADES": _grid("TWINS-TRADES", "twins-trades", [{"weight": weight} for weight in (0.3, 1.0)]),
+    "LoRA-AT": _grid("LoRA-AT", "pgd-at", [{}], **adapter("lora")),
+}
+DEFAULT = "AutoLoRa, rate 0.01"
+
+
+class Setting:
+    """What was measured of one point, on the seeds that are compared."""
+
+    def __init__(self, name: str, rows: list[Row]) -> None:
+        self.name, self.rows = name, rows
+        self.validation = statistics.fmean(row["validation"] for row in rows)
+
+    def verdicts(self, attack: str) -> list[list[bool]]:
+        """By seed and image."""
+        return [unpacked(row["verdicts"][attack]) for row in self.rows]
+
+    def accuracy(self, attack: str) -> float:
+        return float(np.mean(self.verdicts(attack)))
+
+    @property
+    def short(self) -> str:
+        return self.name.partition(", ")[2]
+
+
+def settings(rows: list[Row]) -> dict[str, list[Setting]]:
+    """By method, the points that were measured with every seed that AutoLoRa's default was."""
+    by_name: dict[str, dict[int, Row]] = {}
+    for row in rows:
+        by_name.setdefault(row["system"], {})[row["seed"]] = row
+    seeds = sorted(by_name.get(DEFAULT, {}))
+    found = {
+        method: [
+            Setting(point.system.name, [by_name[point.system.name][seed] for seed in seeds])
+            for point in grid
+            if seeds and all(seed in by_name.get(point.system.name, {}) for seed in seeds)
+        ]
+        for method, grid in GRIDS.items()
+    }
+    return {method: measured for method, measured in found.items() if measured}
+
+
+class Summary(NamedTuple):
+    """A method's grid under one attack: what validation picks, and the best, median and worst test accuracy."""
+
+    picked: Setting
+    best: Setting
+    median: float
+    worst: float
+
+
+def summarise(grid: list[Setting], attack: str) -> Summary:
+    accuracies = [setting.accuracy(attack) for setting in grid]
+    best = grid[accuracies.index(max(accuracies))]
+    picked = max(grid, key=lambda setting: setting.validation)
+    return Summary(picked, best, statistics.median(accuracies), min(accuracies))
+
+
+def default_of(found: dict[str, list[Setting]]) -> Setting:
+    return next(setting for setting in found["AutoLoRa"] if setting.name == DEFAULT)
+
+
+def against(default: Setting, other: Setting, attack: str) -> Difference | None:
+    """AutoLoRa's defaults less another setting; `None` with one seed, or for the same one."""
+    if len(default.rows) < 2 or other is default:
+        return None
+    return crossed_difference(default.verdicts(attack), other.verdicts(attack))
+
+
+# ---- the section ----
+
+
+def sensitivity_section(rows: list[Row]) -> Iterator[str]:
+    found = settings(rows)
+    if len(found) < 2:
+        return
+    default = default_of(found)
+    seeds = sorted(row["seed"] for row in default.rows)
+    total, measured = sum(map(len, GRIDS.values())), sum(map(len, found.values()))
+    dates = sorted({row["date"] for row in rows})
+    devices = "; ".join(sorted({row["device"] for row in rows}))
+    images = len(default.verdicts("autoattack")[0])
+    yield "## Sensitivity: does anything have to be tuned?"
+    yield wrap(
+        f"`python scripts/sensitivity.py`, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, {devices}; seeds "
+        f"{', '.join(map(str, seeds))}; {measured} of the {total} points of the grids are measured with all of them. "
+        f"The task is `digits`, with AutoAttack on {images} of its test images and PGD-20 on all. Every learning rate "
+        f"at the start ({', '.join(f'{rate:g}' for rate in RATES)}; half of that for adapters) is combined with every "
+        "loss weight; everything else, the shape of the learning rate included, is each method's own. AutoLoRa's "
+        "paper promises that it needs no such search and shows no grid."
+    )
+    yield wrap(
+        "*Picked* is what somebody gets who searches the grid: the point with the highest robust validation accuracy "
+        "(mean over the seeds; 50 images each), measured on test images. *Best* is the highest accuracy on the test "
+        "images themselves, which nobody can pick beforehand and which chance makes too high. Differences are "
+        "AutoLoRa's defaults less the other, tested as above, without an adjustment for the number of tests."
+    )
+    for attack, name in ATTACKS.items():
+        yield f"### {name}"
+        yield "\n".join(_table(found, default, attack))
+    yield wrap(_conclusion(found, default))
+    yield f"![Robust accuracy of every point of the grids]({FIGURE.name})"
+
+
+def _table(found: dict[str, list[Setting]], default: Setting, attack: str) -> Iterator[str]:
+    head = "| method | points | picked | default less picked [95 %] | p | best | default less best [95 %] | p "
+    yield head + "| median | worst |"
+    yield "|---|---:|---|---:|---:|---|---:|---:|---:|---:|"
+    yield f"| **AutoLoRa, defaults** | 1 | {_percent(default.accuracy(attack))} | | | | | | | |"
+    for method, grid in found.items():
+        summary = summarise(grid, attack)
+        cells = [method, str(len(grid))]
+        for one in (summary.picked, summary.best):
+            difference = against(default, one, attack)
+            cells.append(f"{_percent(one.accuracy(attack))} ({one.short})")
+            cells += ["", ""] if difference is None else [points(difference), probability(difference.p_value)]
+        yield f"| {' | '.join([*cells, _percent(summary.median), _percent(summary.worst)])} |"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _conclusion(found: dict[str, list[Setting]], default: Setting) -> str:
+    """Whether the defaults match the best of the grids, in words."""
+    sentences = []
+    for attack, name in ATTACKS.items():
+        baselines = {method: summarise(grid, attack) for method, grid in found.items() if method != "AutoLoRa"}
+        for what in ("best", "picked"):
+            behind, ahead, open_ = [], [], []
+            for method, summary in baselines.items():
+                difference = against(default, getattr(summary, what), attack)
+                if difference is None:
+                    continue
+                shown = difference.p_value <= LEVEL
+                (ahead if shown and difference.value > 0 else behind if shown else open_).append(
+                    f"{method} ({points(difference)})"
+                )
+            text = [f"below the {what} of {', '.join(behind)}"] if behind else []
+            text += [f"above the {what} of {', '.join(ahead)}"] if ahead else []
+            text += [f"not shown to differ from the {what} of {', '.join(open_)}"] if open_ else []
+            if text:
+                sentences.append(f"Under {name} AutoLoRa's defaults are {'; '.join(text)}.")
+        top = max(baselines.values(), key=lambda summary: summary.best.accuracy(attack)).best
+        own = default.accuracy(attack)
+        sentences.append(
+            f"The best point of all baselines there is {top.name} ({_percent(top.accuracy(attack))}), AutoLoRa's "
+            f"defaults have {_percent(own)}"
+            + (": they are at least as high." if own >= top.accuracy(attack) else ": they do not reach it.")
+        )
+    spreads = {
+        method: [setting.accuracy("pgd20") for setting in grid] for method, grid in found.items() if len(grid) > 1
+    }
+    sentences.append(
+        "From the worst to the best point of its grid PGD-20 accuracy spans "
+        + ", ".join(
+            f"{100 * (max(values) - min(values)):.0f} points for {method}" for method, values in spreads.items()
+        )
+        + "."
+    )
+    return " ".join(sentences)
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """A strip of points a method, and AutoLoRa's defaults as a line across, with its interval."""
+    found = settings(rows)
+    if len(found) < 2:
+        return
+    default = default_of(found)
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    for axis, (attack, name) in zip(figure.subplots(1, 2, sharey=True), ATTACKS.items(), strict=True):
+        own = np.asarray(default.verdicts(attack))
+        interval = Accuracy.from_counts(int(own.sum()), own.size)
+        axis.axhspan(100 * interval.low, 100 * interval.high, color="#0072B2", alpha=0.12, linewidth=0)
+        line = axis.axhline(100 * interval.value, color="#0072B2", label="AutoLoRa, defaults")
+        for place, grid in enumerate(found.values()):
+            # Side by side by learning rate, so that equal values stay visible.
+            offsets = np.linspace(-0.28, 0.28, len(grid))
+            values = [100 * setting.accuracy(attack) for setting in grid]
+            spots = axis.scatter(place + offsets, values, s=18, color="#5A5A5A", label="a point of the grid")
+            picked = grid.index(summarise(grid, attack).picked)
+            star = axis.scatter(
+                place + offsets[picked],
+                values[picked],
+                s=150,
+                marker="*",
+                color="#C43C00",
+                label="picked by validation",
+            )
+            axis.hlines(statistics.median(values), place - 0.32, place + 0.32, color="#8A8A8A", linewidth=1)
+        axis.set_xticks(range(len(found)), list(found), rotation=15)
+        axis.set_title(f"{name}, mean of {len(default.rows)} seeds", fontsize=10)
+        axis.grid(axis="y", alpha=0.25, linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("robust test accuracy, per cent")
+    figure.legend(handles=[line, spots, star], loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=130)
