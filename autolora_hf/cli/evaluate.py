@@ -98,6 +98,10 @@ def run(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if args.examples < 0:
         parser.error(f"--examples must not be negative, got {args.examples}")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
     if args.training_log and not args.html:
         parser.error("--training-log is for the page that --html names")
     for path in filter(None, (args.output, args.html)):

@@ -18,7 +18,7 @@ from .transfer import TransferAttack
 from .view import AttackView
 
 
-FIRST_PASS = "pgd-bf16"
+FIRST_PASS, FIRST_PASS_NAME = "pgd-bf16", "PGD-10 in bfloat16"
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ def check_attacks(requested: list[Any], threat_model: ThreatModel, model: nn.Mod
                 raise ValueError(f"{entry} attacks under {attacked}, the evaluation under {threat_model}.")
             if searched.loss == "targeted":
                 raise ValueError("PGD with `loss='targeted'` takes classes to reach, not labels; use 'ce' or 'kl'.")
+            if searched.loss not in ("ce", "kl"):
+                raise ValueError(f"PGD with `loss={searched.loss!r}` is for models without classes; use 'ce' or 'kl'.")
         elif not callable(entry) and entry not in ("autoattack", "pgd", FIRST_PASS):
             raise ValueError(
                 f"`attack` must be 'autoattack', 'pgd', a PGD, a callable or a list of these, got {entry!r}."
@@ -98,7 +100,7 @@ def attacks_in_words(attacks: list[Attack], protocol: Protocol) -> str:
             version = "standard" if protocol == "autoattack" else "reduced"
             parts.append(f"AutoAttack ({version}): {', '.join(map(str, entries))}")
         else:
-            parts += map(attack_name, entries)
+            parts += (FIRST_PASS_NAME if entry == FIRST_PASS else attack_name(entry) for entry in entries)
     return " + ".join(parts)
 
 
@@ -107,6 +109,8 @@ def attack_settings(requested: str | Attack, threat_model: ThreatModel, seed: in
     if requested in ("autoattack", FIRST_PASS):
         return {"kind": requested}
     attack = PGD(threat_model, seed=seed) if requested == "pgd" else requested
+    if isinstance(attack, TransferAttack):
+        return {"kind": "custom", "name": attack_name(attack), "source_sha256": attack.source_sha256}
     if type(attack) is not PGD:
         return {"kind": "custom", "name": attack_name(attack)}
     # The threat model and the whole evaluation have one field of their own.

@@ -15,6 +15,9 @@ from ..files import read_json, write_json
 
 FORMAT = 2
 MANIFEST = "evaluation.json"
+PROBES = "answers.json"
+# Answers differ by less between processors and precisions; TF32 changes the third digit.
+_SAME_MODEL = 0.03
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,33 @@ class Checkpoint:
                     )
                 return
         write_json(_sealed(evaluation), manifest)
+
+    def check_model(self, images: list[str], answers: list[float]) -> None:
+        """Raises `ValueError` if the model answers otherwise than that of the verdicts that are there.
+
+        Args:
+            images (`list[str]`): What identifies the images it was asked about. That they are others is noticed later.
+            answers (`list[float]`): See [`probe`].
+        """
+        path = self.folder / PROBES
+        if path.exists():
+            try:
+                earlier = _unsealed(path)
+                list_of(number(-1e9, 1e9), _MOST_IMAGES)(earlier.get("answers"), f"{path}: answers")
+            except ValueError as error:
+                self._problems.append(f"{error} It is written anew.")
+                earlier = {}
+            if earlier.get("evaluation") == self.key:
+                there = earlier["answers"]
+                gaps = [abs(one - other) for one, other in zip(answers, there, strict=False)]
+                is_other = len(answers) != len(there) or max(gaps, default=0) > _SAME_MODEL
+                if earlier.get("images") == images and is_other:
+                    raise ValueError(
+                        f"{self.folder} holds the verdicts of another model: its weights and layers are the same, but "
+                        "it answers a few images otherwise, or its gradients point elsewhere. Use another folder."
+                    )
+                return
+        write_json(_sealed({"evaluation": self.key, "images": images, "answers": answers}), path)
 
     def read(
         self, number: int, stage: str, batches: list[list[int]], digests: dict[int, str] | None

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def examples_figure(model: AutoLoraModel, dataset: Any, report: RobustnessReport, rows: int = 6) -> Figure:
-    """Draws images that withstood the attacks of a report and, if there are any, up to two that did not.
+    """Draws images that withstood the attacks of a report, and two that did not, or more where too few withstood.
 
     The pictures show PGD with 50 steps, since a report does not keep the adversarial images.
 
@@ -31,11 +31,13 @@ def examples_figure(model: AutoLoraModel, dataset: Any, report: RobustnessReport
         rows (`int`): Number of images.
     """
     outcome = list(zip(report.sample_indices, report.natural_correct, report.robust_correct, strict=True))
-    broken = [index for index, natural, robust in outcome if natural and not robust][: min(2, rows)]
+    broken = [index for index, natural, robust in outcome if natural and not robust]
     held = [index for index, _, robust in outcome if robust]
-    spaced = held[:: max(1, len(held) // rows)][: rows - len(broken)]
+    # More of those that did not where there are not enough others.
+    of_broken = min(len(broken), max(2, rows - len(held)), rows)
+    spaced = held[:: max(1, len(held) // rows)][: rows - of_broken]
     # Nothing else to show of a model that is always wrong.
-    chosen = [*spaced, *broken] or report.sample_indices[:rows]
+    chosen = [*spaced, *broken[:of_broken]] or report.sample_indices[:rows]
     pixel_dataset = as_pixel_dataset(dataset, model.preprocessing)
     items = [pixel_dataset[index] for index in chosen]
     reference = next(model.parameters())

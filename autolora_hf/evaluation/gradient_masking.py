@@ -15,6 +15,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from ..attacks import PGD, attack_mode
 from ..attacks.pgd import hits
@@ -58,6 +59,8 @@ def gradient_masking_findings(
     threat_model: ThreatModel,
     num_classes: int,
     seed: int = 0,
+    max_images: int = MAX_IMAGES,
+    progress: bool = False,
 ) -> list[Finding]:
     """Looks for signs that gradient-based attacks overstate the robustness of a model.
 
@@ -69,11 +72,13 @@ def gradient_masking_findings(
         model_view (`AttackView`): The deployed model, which judges.
         target_view (`AttackView`): What attacks differentiate; the same function, possibly the same object.
         pixels (`Tensor`): Clean images, N x C x H x W, in [0, 1]. Those that the model gets wrong are left out, and
-            so are those after the first 64.
+            so are those after the first `max_images`.
         labels (`Tensor`): Class indices, N.
         threat_model (`ThreatModel`): Norm and radius of the ball.
         num_classes (`int`): Number of logits.
         seed (`int`): Seed of all random draws.
+        max_images (`int`): Images to look at, all of them in one pass. Of fewer than 64 less can be proven.
+        progress (`bool`): Show a progress bar.
 
     Returns:
         One finding for each check, always in the order of `CHECKS`.
@@ -86,16 +91,18 @@ def gradient_masking_findings(
         isolated_random_state(seed),
         torch.enable_grad(),
     ):
-        pixels, labels = pixels.detach().float(), labels.detach()
+        # A copy: models may normalise in place.
+        pixels, labels = pixels.detach().float().clone(), labels.detach()
         with torch.no_grad():
-            chosen = hits(model_view(pixels), labels).nonzero().squeeze(1)[:MAX_IMAGES] if len(pixels) else []
+            chosen = hits(model_view(pixels), labels).nonzero().squeeze(1)[:max_images] if len(pixels) else []
         if len(chosen) == 0:
             return _none_run("None of the given images is classified correctly, so there is nothing to attack.")
         subject = Subject(model_view, target_view, pixels[chosen], labels[chosen], threat_model, num_classes, seed)
         answers = torch.cat([subject.clean, subject.probes])
         if bool((answers == answers[:1]).all()):
             return _none_run("The model gives every image the same logits, as one with a head of zeros does.")
-        found = {name: check(subject) for name, check in CHECKS.items()}
+        bar = tqdm(CHECKS.items(), desc="gradient masking", unit="check", disable=not progress)
+        found = {name: check(subject) for name, check in bar}
         if found["repeatability"].outcome == "failed":
             reason = "The logits change from pass to pass, so that two of them cannot be compared."
             found.update({name: Finding(name, "not run", reason) for name in _COMPARE_PASSES})

@@ -26,7 +26,7 @@ from .report_figures import (
     reliability_figure,
     robustness_curve_figure,
 )
-from .report_text import standard_warnings
+from .report_text import MIN_SAMPLES, contradictions, standard_warnings
 
 
 if TYPE_CHECKING:
@@ -165,8 +165,9 @@ def _images(report: RobustnessReport) -> str:
 
 def _verdict(report: RobustnessReport) -> Verdict:
     failed = sum(finding.outcome == "failed" for finding in report.findings)
-    if report.robust.value > report.natural.value:
-        return Verdict("poor", "Impossible figures", "No model is more accurate under attack than without one.")
+    impossible = contradictions(report)
+    if impossible:
+        return Verdict("poor", "Impossible figures", impossible[0])
     if report.protocol == "custom":
         sentence = "The attacks were not AutoAttack. Such figures guide development and overstate robustness."
         return Verdict("poor", "Not a figure to publish", sentence)
@@ -178,6 +179,12 @@ def _verdict(report: RobustnessReport) -> Verdict:
     if report.protocol == "autoattack-reduced":
         sentence = "Attacks that are not defined for this model are left out: name those that ran."
         return Verdict("fair", "Publishable: reduced AutoAttack", sentence)
+    if not report.findings:
+        sentence = "The standard ensemble, complete; nobody looked for gradient masking."
+        return Verdict("fair", "AutoAttack, without diagnostics", sentence)
+    if report.robust.total < MIN_SAMPLES:
+        sentence = f"The standard ensemble, complete, on {report.robust.total} images: give the interval with it."
+        return Verdict("fair", "AutoAttack, on few images", sentence)
     return Verdict("good", "Publishable: AutoAttack", "The standard ensemble, complete.")
 
 
@@ -208,7 +215,7 @@ def _further(report: RobustnessReport) -> list[tuple[str, Any]]:
     return rows
 
 
-def _conditions(report: RobustnessReport) -> list[tuple[str, str]]:
+def _conditions(report: RobustnessReport) -> list[tuple[str, str | None]]:
     rows = [
         ("threat model", str(report.threat_model)),
         ("attack", report.attack),
@@ -219,6 +226,7 @@ def _conditions(report: RobustnessReport) -> list[tuple[str, str]]:
         ("seed", str(report.seed)),
         ("batch size", "" if report.batch_size is None else str(report.batch_size)),
         ("route", report.route or ""),
+        ("weights", report.weights_sha256 and f"SHA-256 {report.weights_sha256}"),
         ("time", f"{report.seconds:,.1f} s on {report.device}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())),
     ]

@@ -50,12 +50,17 @@ def zero_gradients(subject: Subject) -> Finding:
     )
     if under:
         found += f", of which PGD-10 on rescaled logits breaks {more} more and {fewer} fewer"
+    masked = several(none, len(subject))
+    advice = "gradient-based attacks on the cross-entropy are blind here, so attack the margin of rescaled logits"
+    if masked:
+        advice += " or a differentiable stand-in for the layer that stops the gradient"
+    else:
+        advice += "; the targeted attacks of AutoAttack do not depend on the scale of the logits"
     return finding(
         "zero gradients",
-        several(none, len(subject)) or hidden,
+        masked or hidden,
         found,
-        "gradient-based attacks on the cross-entropy are blind here, so attack the margin of rescaled logits or a "
-        "differentiable stand-in for the layer that stops the gradient",
+        advice,
         zero=none,
         underflown=under,
         images=len(subject),
@@ -69,7 +74,8 @@ def finite_differences(subject: Subject) -> Finding:
 
     The direction is the sign of the gradient, along which the derivative is largest compared with rounding errors;
     random signs where the gradient is zero. Pixels are first moved away from 0 and 1, where a step would leave the
-    domain of images. Half precision rounds away the steps, so such models are not tested.
+    domain of images, and a little apart from each other: where equal ones meet, as in flat areas, a maximum or a
+    median has no derivative. Half precision rounds away the steps, so such models are not tested.
     """
     name = "finite differences"
     if subject.precision > 1e-6:
@@ -109,7 +115,9 @@ def finite_differences(subject: Subject) -> Finding:
 
 def _derivatives(subject: Subject) -> tuple[Tensor, list[Tensor]]:
     """The derivative of the margin along some direction by autograd, N, and its change over twice each length, N."""
-    centre = subject.pixels.clamp(LENGTHS[0], 1 - LENGTHS[0]).requires_grad_(True)
+    apart = 2 * torch.rand(subject.pixels.shape, generator=subject.generator(9), device=subject.pixels.device) - 1
+    centre = subject.pixels.clamp(2 * LENGTHS[0], 1 - 2 * LENGTHS[0]) + LENGTHS[0] * apart
+    centre = centre.to(subject.pixels).requires_grad_(True)
     (gradient,) = torch.autograd.grad(logit_margins(subject.target(centre), subject.labels).sum(), centre)
     centre, gradient = centre.detach(), gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     has_gradient = gradient.flatten(1).any(1).view(-1, 1, 1, 1)

@@ -33,6 +33,19 @@ def _digest(value: Any, where: str) -> None:
         raise wrong(where, "12 hexadecimal digits", value)
 
 
+def _sha256(value: Any, where: str) -> None:
+    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
+        raise wrong(where, "64 hexadecimal digits", value)
+
+
+def _accuracy(value: Any, where: str) -> None:
+    _ACCURACY_FIELDS(value, where)
+    if value["correct"] > value["total"]:
+        raise ValueError(f"{where}.correct is {value['correct']} of {value['total']} images.")
+    if value["low"] > value["high"]:
+        raise ValueError(f"{where}.low must not be above {where}.high, got {value['low']}, {value['high']}.")
+
+
 def _attack_settings(value: Any, where: str) -> None:
     if not isinstance(value, dict):
         raise wrong(where, "an object", value)
@@ -57,7 +70,7 @@ _COUNT = integer(0, _MOST_IMAGES)
 _SHARE = number(0, 1)
 _SECONDS = number(0, 1e12)
 _SEED = integer(-(2**63), 2**64 - 1)  # what torch takes
-_ACCURACY = json_object({"correct": _COUNT, "total": integer(1, _MOST_IMAGES), "low": _SHARE, "high": _SHARE})
+_ACCURACY_FIELDS = json_object({"correct": _COUNT, "total": integer(1, _MOST_IMAGES), "low": _SHARE, "high": _SHARE})
 _SETTINGS = {
     "autoattack": json_object({"kind": text}),
     "pgd-bf16": json_object({"kind": text}),
@@ -72,13 +85,13 @@ _SETTINGS = {
             "seed": _SEED,
         }
     ),
-    "custom": json_object({"kind": text, "name": line}),
+    "custom": json_object({"kind": text, "name": line}, {"source_sha256": _sha256}),
 }
 _REPORT = json_object(
     {
         "threat_model": json_object({"norm": text, "eps": number(0, 1e6)}),
-        "natural": _ACCURACY,
-        "robust": _ACCURACY,
+        "natural": _accuracy,
+        "robust": _accuracy,
         "attacks": list_of(
             json_object(
                 {
@@ -121,13 +134,14 @@ _REPORT = json_object(
     },
     # Added later: reports of before are without them.
     {
+        "weights_sha256": optional(_sha256),
         "labels": list_of(_CLASS, _MOST_IMAGES),
         "natural_predicted": list_of(_CLASS, _MOST_IMAGES),
         "robust_predicted": list_of(_CLASS, _MOST_IMAGES),
         "natural_confidence": list_of(_SHARE, _MOST_IMAGES),
         "robust_confidence": list_of(_SHARE, _MOST_IMAGES),
-        "natural_top5": optional(_ACCURACY),
-        "robust_top5": optional(_ACCURACY),
+        "natural_top5": optional(_accuracy),
+        "robust_top5": optional(_accuracy),
         "class_names": optional(list_of(text, _MOST_CLASSES)),
         "findings": list_of(
             json_object(
@@ -144,14 +158,14 @@ _REPORT = json_object(
             json_object(
                 {
                     "attack": line,
-                    "points": list_of(json_object({"eps": number(0, 1e6), "accuracy": _ACCURACY}), 1000, 2),
+                    "points": list_of(json_object({"eps": number(0, 1e6), "accuracy": _accuracy}), 1000, 2),
                 }
             )
         ),
         "corruptions": list_of(
-            json_object({"name": line, "severity": integer(1, 5), "accuracy": _ACCURACY}), _MOST_TEXTS
+            json_object({"name": line, "severity": integer(1, 5), "accuracy": _accuracy}), _MOST_TEXTS
         ),
-        "other_route": optional(json_object({"route": line, "natural": _ACCURACY, "robust": _ACCURACY})),
+        "other_route": optional(json_object({"route": line, "natural": _accuracy, "robust": _accuracy})),
     },
 )
 
@@ -193,10 +207,6 @@ def _check_lengths(content: dict[str, Any]) -> None:
         accuracy = content[name]
         if accuracy["total"] != images:
             raise ValueError(f"{name}.total is {accuracy['total']} for the {images} images of sample_indices.")
-        if accuracy["correct"] > images:
-            raise ValueError(f"{name}.correct is {accuracy['correct']} of {images} images.")
-        if accuracy["low"] > accuracy["high"]:
-            raise ValueError(f"{name}.low must not be above {name}.high, got {accuracy['low']}, {accuracy['high']}.")
     for index, row in enumerate(content["attacks"]):
         if (row["accuracy"] is None) == (row["left_out"] is None):
             raise ValueError(f"attacks[{index}].accuracy must be given where left_out is not, and only there.")

@@ -90,13 +90,14 @@ def _details(report: RobustnessReport) -> dict[str, str]:
 
 def standard_warnings(report: RobustnessReport) -> list[str]:
     """What follows from the figures of a report alone."""
-    found = []
-    natural, robust = report.natural, report.robust
-    if robust.value > natural.value:
-        found.append(
-            f"Robust accuracy ({robust.value:.2%}) is above natural accuracy ({natural.value:.2%}), which is "
-            "impossible on the same images: the two do not belong together."
-        )
+    robust, found = report.robust, contradictions(report)
+    for point in report.curve.points if report.curve else ():
+        if point.eps <= report.threat_model.eps * (1 + 1e-9) and point.accuracy.value < robust.value:
+            found.append(
+                f"{report.curve.attack} leaves {point.accuracy.value:.2%} within eps = {point.eps:.4g}, less than the "
+                f"attacks of this report do within the larger ball ({robust.value:.2%}): they are too weak."
+            )
+            break
     if report.protocol == "custom":
         found.append(
             f"{report.attack}: a training signal, not a figure to publish. Such attacks overstate robustness; run "
@@ -118,6 +119,29 @@ def standard_warnings(report: RobustnessReport) -> list[str]:
             f"Square, which uses no gradients, broke {square.broken} images that the gradient-based attacks had not: "
             "gradient masking suspected, the true robust accuracy may be lower."
         )
+    return found
+
+
+def contradictions(report: RobustnessReport) -> list[str]:
+    """What cannot be true of one measurement; the file of a stranger may say anything."""
+    found = []
+    natural, robust = report.natural, report.robust
+    if robust.value > natural.value:
+        found.append(
+            f"Robust accuracy ({robust.value:.2%}) is above natural accuracy ({natural.value:.2%}), which is "
+            "impossible on the same images: the two do not belong together."
+        )
+    counted = (sum(report.natural_correct), sum(report.robust_correct))
+    if counted != (natural.correct, robust.correct):
+        found.append(
+            f"The verdicts on single images give {counted[0]} and {counted[1]} right answers, the accuracies say "
+            f"{natural.correct} and {robust.correct}."
+        )
+    if any(held and not right for held, right in zip(report.robust_correct, report.natural_correct, strict=True)):
+        found.append("Images that are wrong when clean are called robust.")
+    kinds = [settings["kind"] for settings in report.attack_settings]
+    if report.publishable and kinds and "autoattack" not in kinds:
+        found.append("It is called a measurement with AutoAttack, but AutoAttack is not among its attacks.")
     return found
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..attacks import PGD, attack_mode
 from ..config import ThreatModel
 from ..data import describe_data
+from ..digests import weights_digest
 from ..frozen import FrozenRoute
 from ..modeling import AutoLoraModel
 from .accuracy import Accuracy
@@ -37,7 +38,7 @@ from .corruptions import CORRUPTIONS, SEVERITIES, check_corruptible, check_corru
 from .curve import CURVE_STEPS, CurvePoint, RobustnessCurve, curve_radii
 from .findings import Finding
 from .gradient_masking import MAX_IMAGES, gradient_masking_findings
-from .identity import check_same, describe_evaluation, settings_in_words
+from .identity import check_same, describe_evaluation, probe, settings_in_words
 from .report import AttackResult, CorruptionResult, Protocol, RobustnessReport, RouteResult
 from .report_text import standard_warnings
 from .samples import Samples
@@ -154,7 +155,11 @@ def evaluate_robustness(
                 evaluation["custom_attacks"] = [settings_in_words(entry) for entry in custom]
         check_same(processes.gather({**evaluation, "checkpoint_dir is given": checkpoint_dir is not None}))
         with processes.together():
-            checkpoint = None if checkpoint_dir is None else Checkpoint(checkpoint_dir, evaluation)
+            checkpoint = None
+            if checkpoint_dir is not None:
+                checkpoint = Checkpoint(checkpoint_dir, evaluation)
+                with isolated_random_state(seed):
+                    checkpoint.check_model(*probe(view, target, samples, threat_model, seed))
         stages = Stages(view, target, samples, processes, checkpoint, seed, progress)
         clean = stages.clean()
         findings, notes = [], []
@@ -162,7 +167,7 @@ def evaluate_robustness(
             if processes.is_main:
                 notes = _note_probabilities(view, samples)
             if processes.is_main and diagnostics:
-                findings = _diagnose(view, target, samples, clean.correct, threat_model, num_classes, seed)
+                findings = _diagnose(stages, clean.correct, threat_model, num_classes)
         answers = clean.copy()
         rows = subjects[0].attacked(stages, requested, attacks, threat_model, seed, answers)
 
@@ -201,6 +206,7 @@ def evaluate_robustness(
             attack_settings=settings,
             batch_size=batch_size,
             versions=_versions(),
+            weights_sha256=weights_digest({**dict(target.named_parameters()), **dict(target.named_buffers())}),
             labels=samples.labels.tolist(),
             natural_predicted=clean.predicted.tolist(),
             robust_predicted=answers.predicted.tolist(),
@@ -326,23 +332,17 @@ def _count_classes(view: AttackView, pixels: Tensor) -> int:
     return logits.shape[1]
 
 
-def _diagnose(
-    view: AttackView,
-    target: AttackView,
-    samples: Samples,
-    correct: Tensor,
-    threat_model: ThreatModel,
-    num_classes: int,
-    seed: int,
-) -> list[Finding]:
+def _diagnose(stages: Stages, correct: Tensor, threat_model: ThreatModel, num_classes: int) -> list[Finding]:
     """Diagnostics of gradient masking, on a few clean images that are classified correctly, spread over the data."""
-    rows = correct.nonzero().squeeze(1)
-    spread = torch.linspace(0, len(rows) - 1, min(len(rows), MAX_IMAGES)).round().long()
+    view, samples, rows = stages.view, stages.samples, correct.nonzero().squeeze(1)
+    most = min(MAX_IMAGES, samples.batch_size)
+    spread = torch.linspace(0, len(rows) - 1, min(len(rows), most)).round().long()
     chosen = rows[spread] if len(rows) else torch.tensor([0])
     pixels, labels = samples.read(chosen, view.device)
     if not len(rows):
         pixels, labels = pixels[:0], labels[:0]
-    return gradient_masking_findings(view, target, pixels, labels, threat_model, num_classes, seed)
+    options = {"seed": stages.seed, "max_images": most, "progress": stages.progress}
+    return gradient_masking_findings(view, stages.target, pixels, labels, threat_model, num_classes, **options)
 
 
 def _doubts(findings: list[Finding]) -> list[str]:

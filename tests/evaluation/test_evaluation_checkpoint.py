@@ -262,7 +262,7 @@ class Rounding(Channel):
     def forward(self, x):
         logits = super().forward(x)
         if self.wrong:
-            logits[(x[:, 0, 7, 7] * 255).round() == 0] *= -1
+            logits[(x[:, 0, 7, 7] * 255).round() == 9] *= -1
         return logits
 
 
@@ -273,3 +273,34 @@ def test_earlier_clean_verdicts_count(tmp_path, caplog):
     model.wrong = True
     assert timeless(evaluate(tmp_path, model=model, diagnostics=False)) == timeless(expected)
     assert "classifies 1 of 12 clean images otherwise" in caplog.text
+
+
+class Wrapped(nn.Module):
+    """What it does to the images shows neither in its weights nor in its layers."""
+
+    def __init__(self, levels=0, blocks=False):
+        super().__init__()
+        self.model, self.levels, self.blocks = Channel(), levels, blocks
+
+    def forward(self, x):
+        logits = self.model((x * self.levels).round() / self.levels if self.levels else x)
+        return logits.detach() if self.blocks else logits
+
+
+@pytest.mark.parametrize("other", [Wrapped(levels=7), Wrapped(levels=31), Wrapped(blocks=True)])
+def test_a_model_that_answers_otherwise_is_another_one(tmp_path, other):
+    evaluate(tmp_path, model=other)
+    with pytest.raises(ValueError, match="holds the verdicts of another model"):
+        evaluate(tmp_path, model=Wrapped())
+    (tmp_path / "answers.json").write_bytes(b"{")
+    evaluate(tmp_path, model=Wrapped())  # what is damaged counts as not there
+
+
+def test_rounding_is_no_other_model(tmp_path):
+    class Rounded(Wrapped):
+        def forward(self, x):
+            return super().forward(x) * 1.00001 + 1e-6
+
+    Rounded.__name__ = "Wrapped"
+    expected = evaluate(tmp_path, model=Wrapped())
+    assert evaluate(tmp_path, model=Rounded()).robust == expected.robust

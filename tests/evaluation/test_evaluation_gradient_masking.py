@@ -114,6 +114,35 @@ def test_known_bad_defences_are_caught(robust, digits, defence):
     assert failed(findings) >= planted.TRIPPED[defence]
 
 
+class Kinks(nn.Module):
+    """Maxima of flat areas, where equal values meet."""
+
+    def __init__(self, pool):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.layers = nn.Sequential(pool, nn.Flatten(), nn.LazyLinear(10))
+            self.layers(torch.zeros(1, 3, 28, 28))
+
+    def forward(self, pixels):
+        return self.layers(pixels)
+
+
+class Brightest(nn.Module):
+    def forward(self, pixels):
+        return pixels.amax(1, keepdim=True)
+
+
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(4), nn.MaxPool2d(3, 1, 1), Brightest()], ids=["4", "3", "channels"])
+def test_kinks_are_no_false_gradients(natural, digits, pool):
+    pixels, _ = digits(natural)
+    model = Kinks(pool)
+    with torch.no_grad():
+        labels = model(pixels).argmax(1)
+    findings = {found.name: found for found in diagnose(model, (pixels, labels))}
+    assert findings["finite differences"].outcome == "passed", findings["finite differences"].sentence
+
+
 class Overshooting(nn.Module):
     """Fooled by images that are a little brighter, while its gradient always says: brighter still."""
 

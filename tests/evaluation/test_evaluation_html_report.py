@@ -194,7 +194,7 @@ def test_everything_is_there():
 def test_what_was_not_measured_is_left_out_and_named():
     report = make_report(sample_digests=[], class_names=None)
     found = parsed(html_report(report))
-    assert found.headings[2] == "Publishable: AutoAttack" and len(found.all("img")) == 3
+    assert found.headings[2] == "AutoAttack, without diagnostics" and len(found.all("img")) == 3
     absent = ("Can the attacks", "radius of", "corruptions", "Further", "Adversarial examples", "Training")
     assert not [heading for heading in found.headings if heading.startswith(absent)]
     for option in ("--no-diagnostics", "--curve", "--corruptions", "--route both", "--examples", "--training-log"):
@@ -219,7 +219,9 @@ def test_an_older_report_without_answers(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "title", "level"),
     [
-        ({}, "Publishable: AutoAttack", "good"),
+        ({"images": 400, "findings": [Finding("check", "passed", "Fine.")]}, "Publishable: AutoAttack", "good"),
+        ({"findings": [Finding("check", "passed", "Fine.")]}, "AutoAttack, on few images", "fair"),
+        ({"images": 400}, "AutoAttack, without diagnostics", "fair"),
         ({"protocol": "autoattack-reduced"}, "Publishable: reduced AutoAttack", "fair"),
         ({"protocol": "custom", "attack": "PGD-10"}, "Not a figure to publish", "poor"),
         ({"natural": Accuracy.from_counts(1, 80)}, "Impossible figures", "poor"),

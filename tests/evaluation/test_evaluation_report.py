@@ -305,7 +305,8 @@ def test_properties():
 )
 def test_warnings(changes, message):
     report = make_report(**{"protocol": "autoattack", **changes})
-    (found,) = standard_warnings(report)
+    # Figures that were changed alone contradict the verdicts on single images.
+    (found,) = (text for text in standard_warnings(report) if "verdicts on single images" not in text)
     assert re.search(message, found)
     complete = replace(make_report(), protocol="autoattack")
     assert standard_warnings(complete) == []

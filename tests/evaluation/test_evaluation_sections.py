@@ -14,7 +14,10 @@ from autolora_hf.evaluation import RobustnessReport, evaluate_robustness
 from autolora_hf.evaluation.autoattack import autoattack_components
 from autolora_hf.evaluation.corruptions import CORRUPTIONS
 from autolora_hf.evaluation.curve import curve_radii
+from autolora_hf.evaluation.findings import Finding
+from autolora_hf.evaluation.html_report import html_report
 from autolora_hf.evaluation.progress import passes_of
+from autolora_hf.evaluation.report_text import standard_warnings
 from autolora_hf.evaluation.view import AttackView
 
 
@@ -320,6 +323,66 @@ def test_merged_reports_keep_the_answers():
         assert getattr(merged, name) == getattr(whole, name), name
     with pytest.raises(ValueError, match="cannot be merged"):
         RobustnessReport.merged([parts[0], evaluate(data, sample_indices=[2, 3], curve=[0.1])])
+
+
+def test_reports_of_other_models_are_not_merged():
+    data = case([0.2, 0.01, 0.2, 0.01], [0, 1, 2, 0])
+    networks = [nn.Sequential(nn.Flatten(), nn.Linear(768, 4)) for _ in range(2)]
+    parts = [evaluate(data, model=networks[n], sample_indices=[2 * n, 2 * n + 1]) for n in range(2)]
+    assert parts[0].weights_sha256 != parts[1].weights_sha256
+    with pytest.raises(ValueError, match="differ in `weights_sha256`"):
+        RobustnessReport.merged(parts)
+    with pytest.raises(ValueError, match="no reports"):
+        RobustnessReport.merged([])
+
+
+def test_a_curve_below_the_attacks_is_a_warning():
+    data = case([0.01, 0.01, 0.2], [0, 1, 2])
+    weak = evaluate(data, lambda model, x, y: x, curve=[0.03, 0.1])
+    assert sum("they are too weak" in text for text in weak.warnings) == 1
+    assert not any("they are too weak" in text for text in evaluate(data, curve=[0.03, 0.1]).warnings)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(robust_correct=[False] * 3), "The verdicts on single images give 2 and 0 right answers"),
+        (lambda c: c.update(protocol="autoattack"), "AutoAttack is not among its attacks"),
+        (lambda c: c["natural_correct"].reverse(), "wrong when clean are called robust"),
+    ],
+)
+def test_contradictions_are_seen(change, message):
+    x, labels = case([0.01, 0.2, 0.2], [0, 1, 2])
+    labels[0] = 3
+    content = evaluate((x, labels)).to_dict()
+    change(content)
+    report = RobustnessReport.from_dict(content)
+    assert any(message in text for text in standard_warnings(report))
+    assert "Impossible figures" in html_report(report)
+
+
+def test_impossible_accuracies_are_refused():
+    content = evaluate(case([0.2, 0.01], [0, 1]), curve=[0.01]).to_dict()
+    content["curve"]["points"][1]["accuracy"]["correct"] = 9
+    with pytest.raises(ValueError, match=r"curve.points\[1\].accuracy.correct is 9 of 2 images"):
+        RobustnessReport.from_dict(content)
+
+
+def test_the_page_calls_nothing_publishable_without_diagnostics():
+    report = evaluate(case([0.2] * 250, [0, 1] * 125))
+    report = replace(report, protocol="autoattack", attack_settings=[{"kind": "autoattack"}])
+    assert "AutoAttack, without diagnostics" in html_report(report)
+    report.findings = [Finding("zero gradients", "passed", "None.")]
+    assert "Publishable: AutoAttack" in html_report(report)
+    few = evaluate(case([0.2] * 3, [0, 1, 2]))
+    few = replace(few, protocol="autoattack", attack_settings=[{"kind": "autoattack"}], findings=report.findings)
+    assert "AutoAttack, on few images" in html_report(few)
+
+
+@pytest.mark.parametrize("loss", ["l2", "cosine"])
+def test_attacks_on_embeddings_are_refused(loss):
+    with pytest.raises(ValueError, match="for models without classes"):
+        evaluate(case([0.2], [0]), PGD(LINF, loss=loss))
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])

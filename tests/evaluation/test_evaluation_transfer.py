@@ -106,7 +106,8 @@ def test_states_its_settings():
     attack = TransferAttack(source, PGD(THREAT), "org/birds")
     assert repr(attack) == repr(TransferAttack(copy.deepcopy(source), PGD(THREAT), "org/birds"))
     assert attack_name(attack) == "transfer from org/birds (PGD-10)"
-    assert attack_settings(attack, THREAT, 0) == {"kind": "custom", "name": "transfer from org/birds (PGD-10)"}
+    settings = attack_settings(attack, THREAT, 0)
+    assert settings == {"kind": "custom", "name": str(attack), "source_sha256": attack.source_sha256}
     others = [
         TransferAttack(Linear(1), PGD(THREAT), "org/birds"),
         TransferAttack(source, PGD(THREAT, steps=11), "org/birds"),
