@@ -391,7 +391,7 @@ def _by_library(model: AutoLoraModel, test: tuple[Tensor, Tensor], bench: Bench,
 
 def _by_package(model: AutoLoraModel, test: tuple[Tensor, Tensor], attack: Any, count: int) -> list[bool]:
     data = tuple(tensor[:count] for tensor in test)
-    options = {"batch_size": count, "progress": False}
+    options = {"batch_size": count, "progress": False, "diagnostics": False}
     return evaluate_robustness(model, data, ThreatModel("linf", DIGITS_EPS), attack, **options).robust_correct
 
 

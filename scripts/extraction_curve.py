@@ -294,7 +294,7 @@ def measure_curve(args: argparse.Namespace, record: Recorder, make_base: Callabl
     digits = Digits(base.preprocessing, args.seed)
     pgd = PGD(base.threat_model, steps=20)
 
-    options = {"seed": args.seed, "progress": False}
+    options = {"seed": args.seed, "progress": False, "diagnostics": False}
 
     def measure(model: AutoLoraModel, values: int, **more: Any) -> dict[str, Any]:
         report = evaluate_robustness(model, digits.test, attack=pgd, max_samples=args.pgd_images, **options)
@@ -383,7 +383,9 @@ def compare_weightings(args: argparse.Namespace, record: Recorder, make_base: Ca
 
                 def measure(change: Any = change, size: float = size, statistics: Any = statistics) -> dict[str, Any]:
                     result = extraction._extract(change, size, None, statistics, None)
-                    report = evaluate_robustness(result.model, digits.unused, attack=pgd, progress=False)
+                    report = evaluate_robustness(
+                        result.model, digits.unused, attack=pgd, progress=False, diagnostics=False
+                    )
                     return {"values": result.values, "ranks": result.ranks, **accuracies(report)}
 
                 record.point("weightings", f"{size:g} {variant} {weighting}", measure)

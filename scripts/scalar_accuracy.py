@@ -35,7 +35,7 @@ def run(how: str, seed: int, epochs: int, images: int) -> dict[str, Any]:
         trainer = train_on_digits("autolora", settings, Path(folder), quiet=True, scalar_accuracy=how)
         seconds = time.process_time() - started
         attack = PGD(trainer.args.threat_model, steps=20)
-        report = trainer.evaluate_robustness(load_digits()["test"], attack, progress=False)
+        report = trainer.evaluate_robustness(load_digits()["test"], attack, progress=False, diagnostics=False)
     log = trainer.state.log_history
     return {
         "how": how,

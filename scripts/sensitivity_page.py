@@ -53,6 +53,14 @@ GRIDS: dict[str, list[Point]] = {
     "LoRA-AT": _grid("LoRA-AT", "pgd-at", [{}], **adapter("lora")),
 }
 DEFAULT = "AutoLoRa, rate 0.01"
+# Points that are systems of the benchmark as they stand, so that they need no second training.
+SAME = {
+    DEFAULT: "AutoLoRa",
+    "PGD-AT, rate 0.01": "PGD-AT",
+    "TRADES, rate 0.01, beta 6": "TRADES (vanilla RFT)",
+    "TWINS-TRADES, rate 0.01, weight 0.3": "TWINS-TRADES",
+    "LoRA-AT, rate 0.005": "LoRA-AT",
+}
 
 
 class Setting:
