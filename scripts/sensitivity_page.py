@@ -195,15 +195,15 @@ def _conclusion(found: dict[str, list[Setting]], default: Setting) -> str:
                 (ahead if shown and difference.value > 0 else behind if shown else open_).append(
                     f"{method} ({points(difference)})"
                 )
-            text = [f"below the {what} of {', '.join(behind)}"] if behind else []
-            text += [f"above the {what} of {', '.join(ahead)}"] if ahead else []
-            text += [f"not shown to differ from the {what} of {', '.join(open_)}"] if open_ else []
+            text = [f"below the {what} point of {', '.join(behind)}"] if behind else []
+            text += [f"above the {what} point of {', '.join(ahead)}"] if ahead else []
+            text += [f"not shown to differ from the {what} point of {', '.join(open_)}"] if open_ else []
             if text:
                 sentences.append(f"Under {name} AutoLoRa's defaults are {'; '.join(text)}.")
         top = max(baselines.values(), key=lambda summary: summary.best.accuracy(attack)).best
         own = default.accuracy(attack)
         sentences.append(
-            f"The best point of all baselines there is {top.name} ({_percent(top.accuracy(attack))}), AutoLoRa's "
+            f"The best of all their points is {top.name} ({_percent(top.accuracy(attack))}), AutoLoRa's "
             f"defaults have {_percent(own)}"
             + (": they are at least as high." if own >= top.accuracy(attack) else ": they do not reach it.")
         )
