@@ -11,7 +11,7 @@ import numpy as np
 from benchmark_run import unpacked
 from benchmark_systems import System, adapter
 from matplotlib.figure import Figure
-from results_text import points, probability, wrap
+from results_text import FEWEST_SEEDS, points, probability, wrap
 
 from autolora_hf.evaluation import Accuracy
 from autolora_hf.evaluation.comparison import LEVEL, Difference, crossed_difference
@@ -120,8 +120,8 @@ def default_of(found: dict[str, list[Setting]]) -> Setting:
 
 
 def against(default: Setting, other: Setting, attack: str) -> Difference | None:
-    """AutoLoRa's defaults less another setting; `None` with one seed, or for the same one."""
-    if len(default.rows) < 2 or other is default:
+    """AutoLoRa's defaults less another setting; `None` with too few seeds, or for the same one."""
+    if len(default.rows) < FEWEST_SEEDS or other is default:
         return None
     return crossed_difference(default.verdicts(attack), other.verdicts(attack))
 
