@@ -10,7 +10,7 @@ from typing import Any
 from benchmark_run import unpacked
 from benchmark_systems import ELSEWHERE, GROUPS, OWN, SYSTEMS
 from benchmark_tasks import TASKS, Task
-from results_text import points, probability, spread, wrap
+from results_text import FEWEST_SEEDS, points, probability, spread, wrap
 from sensitivity_page import SENSITIVITY, sensitivity_section
 
 from autolora_hf.evaluation import Accuracy
@@ -161,12 +161,12 @@ def verdicts(rows: list[Row], system: str, attack: str) -> dict[int, list[bool]]
 
 
 def paired(rows: list[Row]) -> Iterator[Pair]:
-    """AutoLoRa against each system with two common seeds or more; p-values are adjusted for their number."""
+    """AutoLoRa against each system with enough common seeds; p-values are adjusted for their number."""
     found = []
     for name in SYSTEMS:
         own, other = (verdicts(rows, system, "autoattack") for system in (OWN, name))
         seeds = sorted(own.keys() & other.keys())
-        if name == OWN or len(seeds) < 2:
+        if name == OWN or len(seeds) < FEWEST_SEEDS:
             continue
         tables = {
             attack: [[verdicts(rows, system, attack)[seed] for seed in seeds] for system in (OWN, name)]

@@ -8,6 +8,10 @@ import textwrap
 from autolora_hf.evaluation.comparison import Difference
 
 
+# With two seeds the paired test says "different" too often, see `crossed_difference`.
+FEWEST_SEEDS = 3
+
+
 def wrap(text: str, indent: str = "") -> str:
     return textwrap.fill(text, 119, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 

@@ -11,7 +11,7 @@ import numpy as np
 from benchmark_run import unpacked
 from benchmark_systems import System, adapter
 from matplotlib.figure import Figure
-from results_text import points, probability, wrap
+from results_text import FEWEST_SEEDS, points, probability, wrap
 
 from autolora_hf.evaluation import Accuracy
 from autolora_hf.evaluation.comparison import LEVEL, Difference, crossed_difference
@@ -53,6 +53,14 @@ GRIDS: dict[str, list[Point]] = {
     "LoRA-AT": _grid("LoRA-AT", "pgd-at", [{}], **adapter("lora")),
 }
 DEFAULT = "AutoLoRa, rate 0.01"
+# Points that are systems of the benchmark as they stand, so that they need no second training.
+SAME = {
+    DEFAULT: "AutoLoRa",
+    "PGD-AT, rate 0.01": "PGD-AT",
+    "TRADES, rate 0.01, beta 6": "TRADES (vanilla RFT)",
+    "TWINS-TRADES, rate 0.01, weight 0.3": "TWINS-TRADES",
+    "LoRA-AT, rate 0.005": "LoRA-AT",
+}
 
 
 class Setting:
@@ -112,8 +120,8 @@ def default_of(found: dict[str, list[Setting]]) -> Setting:
 
 
 def against(default: Setting, other: Setting, attack: str) -> Difference | None:
-    """AutoLoRa's defaults less another setting; `None` with one seed, or for the same one."""
-    if len(default.rows) < 2 or other is default:
+    """AutoLoRa's defaults less another setting; `None` with too few seeds, or for the same one."""
+    if len(default.rows) < FEWEST_SEEDS or other is default:
         return None
     return crossed_difference(default.verdicts(attack), other.verdicts(attack))
 
@@ -187,15 +195,15 @@ def _conclusion(found: dict[str, list[Setting]], default: Setting) -> str:
                 (ahead if shown and difference.value > 0 else behind if shown else open_).append(
                     f"{method} ({points(difference)})"
                 )
-            text = [f"below the {what} of {', '.join(behind)}"] if behind else []
-            text += [f"above the {what} of {', '.join(ahead)}"] if ahead else []
-            text += [f"not shown to differ from the {what} of {', '.join(open_)}"] if open_ else []
+            text = [f"below the {what} point of {', '.join(behind)}"] if behind else []
+            text += [f"above the {what} point of {', '.join(ahead)}"] if ahead else []
+            text += [f"not shown to differ from the {what} point of {', '.join(open_)}"] if open_ else []
             if text:
                 sentences.append(f"Under {name} AutoLoRa's defaults are {'; '.join(text)}.")
         top = max(baselines.values(), key=lambda summary: summary.best.accuracy(attack)).best
         own = default.accuracy(attack)
         sentences.append(
-            f"The best point of all baselines there is {top.name} ({_percent(top.accuracy(attack))}), AutoLoRa's "
+            f"The best of all their points is {top.name} ({_percent(top.accuracy(attack))}), AutoLoRa's "
             f"defaults have {_percent(own)}"
             + (": they are at least as high." if own >= top.accuracy(attack) else ": they do not reach it.")
         )

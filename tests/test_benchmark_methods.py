@@ -8,13 +8,14 @@ import torch
 from script_modules import load
 
 from autolora_hf import config_for
+from autolora_hf.objectives import OBJECTIVES
 from autolora_hf.quickstart import QuickstartSettings, load_digits, train_on_digits
 
 
 # In the order in which they import each other.
 load("pretrain_quickstart_backbone")
 data, systems, tasks, run = map(load, ("benchmark_data", "benchmark_systems", "benchmark_tasks", "benchmark_run"))
-text, sensitivity, page = map(load, ("results_text", "sensitivity_page", "benchmark_page"))
+_, sensitivity, page = map(load, ("results_text", "sensitivity_page", "benchmark_page"))
 OWN = systems.OWN
 
 
@@ -206,7 +207,7 @@ def test_the_section_on_sensitivity_is_honest(own, verdict, tmp_path):
         for place, point in enumerate(grid):
             # The first point is the best.
             accuracy = accuracies[method] if method == "AutoLoRa" else accuracies[method] - 0.02 * place / len(grid)
-            rows += [row(point.system.name, seed, accuracy) for seed in range(2)]
+            rows += [row(point.system.name, seed, accuracy) for seed in range(3)]
     shown = "\n\n".join(sensitivity.sensitivity_section(rows))
     assert verdict in shown and "45 of the 45 points" in shown
     found = sensitivity.settings(rows)
@@ -223,6 +224,13 @@ def test_the_section_on_sensitivity_is_honest(own, verdict, tmp_path):
 def test_grids_go_through_the_defaults():
     names = [point.system.name for grid in sensitivity.GRIDS.values() for point in grid]
     assert len(set(names)) == len(names) and sensitivity.DEFAULT in names
+    grid = {point.system.name: point for points in sensitivity.GRIDS.values() for point in points}
+    for name, system in sensitivity.SAME.items():
+        point, same = grid[name].system, systems.SYSTEMS[system]
+        assert (point.objective, point.config) == (same.objective, same.config) and same.arguments == {}
+        options = {**point.arguments.get("objective_kwargs", {})}
+        defaults = OBJECTIVES[point.objective]()
+        assert all(getattr(defaults, option) == value for option, value in options.items())
     rates = {method: {point.rate for point in grid} for method, grid in sensitivity.GRIDS.items()}
     assert 0.005 in rates.pop("LoRA-AT") and all(0.01 in found for found in rates.values())
 
