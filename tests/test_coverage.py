@@ -1,6 +1,6 @@
 """Every backbone: some unlike architectures here, all of them in the marked sweep.
 
-What is checked of an architecture is in `scripts/coverage_checks.py`.
+What is checked of an architecture is in `scripts/architecture_checks.py`.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 ROOT = Path(__file__).parents[1]
 
 
-checks = load("coverage_checks")
+checks = load("architecture_checks")
 ROWS, check_row, failures = checks.ROWS, checks.check_row, checks.failures
 
 
@@ -70,7 +70,7 @@ def test_the_table_has_every_family():
     assert classes == {name for names in named for name in ([names] if isinstance(names, str) else names)}
 
 
-# More than a third of the time of all families together; `python scripts/coverage.py` checks these too.
+# More than a third of the time of all families together; `python scripts/architecture_coverage.py` checks these too.
 LARGEST = ["efficientformer", "davit", "inception_resnet_v2", "inception_v4", "mobilenetv5", "nasnet", "pnasnet"]
 LARGE = ["cait", "convmixer", "crossvit", "densenet", "efficientformer_v2", "focalnet", "inception_v3", "maxxvit"]
 LARGE += ["nextvit", "selecsls", "tresnet", "vision_transformer_sam"]
@@ -87,7 +87,7 @@ SWEPT = [
 @pytest.mark.sweep
 @pytest.mark.parametrize(("name", "mode"), SWEPT)
 def test_every_architecture(name, mode):
-    """Families and classes, the modes in turn, which halves the time; `python scripts/coverage.py` takes both."""
+    """Families and classes, the modes in turn, which halves the time; `python scripts/architecture_coverage.py` takes both."""
     assert failures(check_row(ROWS[name], modes=(mode,), stock=False)) == []
 
 

@@ -155,7 +155,8 @@ CASES = {
         lambda: network(3), 9, "autoattack", {"batch_size": 2, "threat_model": ThreatModel("l2", 0.3)}
     ),
 }
-LONG = Case(network, 24, [PGD(THREAT, steps=1), "autoattack"], {"batch_size": 4})
+# Without diagnostics, whose passes are those of one process.
+LONG = Case(network, 24, [PGD(THREAT, steps=1), "autoattack"], {"batch_size": 4, "diagnostics": False})
 
 
 def evaluate(case, **options):

@@ -1,10 +1,10 @@
-"""The checks of `coverage.py`: what has to hold for an architecture, and the same asked of stock PEFT.
+"""The checks of `architecture_coverage.py`: what has to hold for an architecture, and the same asked of stock PEFT.
 
 `ROWS` are the architectures by name, `check_row` runs everything on one of them and returns what it found as a
 dictionary that fits JSON; `failures` of it lists what does not hold, one readable line each. Tests can use them:
 
     sys.path.insert(0, "scripts")
-    from coverage_checks import ROWS, check_row, failures
+    from architecture_checks import ROWS, check_row, failures
 
     assert not failures(check_row(ROWS["timm/resnet"]))
 """

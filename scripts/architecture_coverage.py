@@ -2,13 +2,13 @@
 
 Each row of `coverage_rows.json` is one architecture with random weights: the cheapest instance of each module that
 registers models with timm, a narrow configuration of each class that `AutoModelForImageClassification` of transformers
-knows, and some unusual variants. What is checked is in `coverage_checks.py`; stock PEFT is asked the same next to it.
+knows, and some unusual variants. What is checked is in `architecture_checks.py`; stock PEFT is asked the same next to it.
 Every row runs in a process of its own, with limits on time and memory, and leaves one JSON file, so that a sweep that
 was stopped goes on where it was. At the end the table `docs/coverage.md` is written.
 
-    python scripts/coverage.py                              # everything, about half an hour on two cores
-    python scripts/coverage.py --only timm/resnet vit       # some rows, by name or family; the table is left alone
-    python scripts/coverage.py --choose                     # measures the instances of timm anew and rewrites the rows
+    python scripts/architecture_coverage.py                              # everything, about half an hour on two cores
+    python scripts/architecture_coverage.py --only timm/resnet vit       # some rows, by name or family; the table is left alone
+    python scripts/architecture_coverage.py --choose                     # measures the instances of timm anew and rewrites the rows
 """
 
 from __future__ import annotations
@@ -32,7 +32,18 @@ from typing import Any
 
 import timm
 import torch
-from coverage_checks import BATCH, CHECKS, NUM_CLASSES, ROWS, TABLE, Row, check_row, failures, logits_of, message_of
+from architecture_checks import (
+    BATCH,
+    CHECKS,
+    NUM_CLASSES,
+    ROWS,
+    TABLE,
+    Row,
+    check_row,
+    failures,
+    logits_of,
+    message_of,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 import autolora_hf
@@ -60,7 +71,7 @@ def versions() -> dict[str, str]:
 def source_digest() -> str:
     """Identity of the package and the checks: a result of other code is out of date."""
     digest = hashlib.sha256()
-    files = [*Path(autolora_hf.__file__).parent.rglob("*.py"), Path(__file__).with_name("coverage_checks.py")]
+    files = [*Path(autolora_hf.__file__).parent.rglob("*.py"), Path(__file__).with_name("architecture_checks.py")]
     for file in sorted(files):
         digest.update(f"{file.name} {file.stat().st_size} ".encode())
         digest.update(file.read_bytes())
@@ -111,7 +122,7 @@ def sweep(names: list[str], args: argparse.Namespace) -> dict[str, dict[str, Any
     """Runs what is not there yet, `args.workers` rows at a time, and returns the results by name."""
     context = multiprocessing.get_context("forkserver")
     # The libraries take longer to import than most rows to check: children are forked from a process that has them.
-    context.set_forkserver_preload(["coverage_checks"])
+    context.set_forkserver_preload(["architecture_checks"])
     code, results, waiting = source_digest(), {}, []
     for name in names:
         file = file_of(args.out, name)
@@ -300,10 +311,10 @@ def document(results: dict[str, dict[str, Any]]) -> str:
     parts = [
         "# Which architectures work",
         f"Measured {datetime.date.today()} with {found}, Python {platform.python_version()}, on the CPU, by",
-        "    python scripts/coverage.py",
+        "    python scripts/architecture_coverage.py",
         f"({len(rows)} rows, {seconds / 60:.0f} core-minutes). One row is the cheapest instance of a family with "
         f"random weights and {NUM_CLASSES} classes; the rows are in `scripts/coverage_rows.json`, the checks in "
-        "`scripts/coverage_checks.py`.",
+        "`scripts/architecture_checks.py`.",
         totals_table(results),
         'Each check is made in mode `full` and in mode `adapter` with `target_modules="all"`:',
         "- *start*: both routes give the bare model's logits, to 1e-4 of the largest one;\n"
