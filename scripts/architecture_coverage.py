@@ -2,13 +2,13 @@
 
 Each row of `coverage_rows.json` is one architecture with random weights: the cheapest instance of each module that
 registers models with timm, a narrow configuration of each class that `AutoModelForImageClassification` of transformers
-knows, and some unusual variants. What is checked is in `architecture_checks.py`; stock PEFT is asked the same next to it.
-Every row runs in a process of its own, with limits on time and memory, and leaves one JSON file, so that a sweep that
-was stopped goes on where it was. At the end the table `docs/coverage.md` is written.
+knows, and some unusual variants. What is checked is in `architecture_checks.py`; stock PEFT is asked the same next to
+it. Every row runs in a process of its own, with limits on time and memory, and leaves one JSON file, so that a sweep
+that was stopped goes on where it was. At the end the table `docs/coverage.md` is written.
 
-    python scripts/architecture_coverage.py                              # everything, about half an hour on two cores
-    python scripts/architecture_coverage.py --only timm/resnet vit       # some rows, by name or family; the table is left alone
-    python scripts/architecture_coverage.py --choose                     # measures the instances of timm anew and rewrites the rows
+    python scripts/architecture_coverage.py                         # everything, about half an hour on two cores
+    python scripts/architecture_coverage.py --only timm/resnet vit  # some rows, by name or family, without the table
+    python scripts/architecture_coverage.py --choose                # measures timm's instances anew, rewrites the rows
 """
 
 from __future__ import annotations

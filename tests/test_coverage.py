@@ -87,7 +87,7 @@ SWEPT = [
 @pytest.mark.sweep
 @pytest.mark.parametrize(("name", "mode"), SWEPT)
 def test_every_architecture(name, mode):
-    """Families and classes, the modes in turn, which halves the time; `python scripts/architecture_coverage.py` takes both."""
+    """Families and classes, the modes in turn, which halves the time; `architecture_coverage.py` takes both."""
     assert failures(check_row(ROWS[name], modes=(mode,), stock=False)) == []
 
 
