@@ -226,10 +226,10 @@ class Task:
         Raises:
             ValueError: If the backbone cannot be trained in this way.
         """
-        # Read before the weights of the new head are drawn, as the quickstart does.
         images, network = self.train(seed), self.backbone()
-        torch.manual_seed(seed)
         made: AutoLoraConfig = config_for(objective, network, **(config or {}))
+        # Only now, since making a configuration may make a network, too.
+        torch.manual_seed(seed)
         model = get_autolora_model(network, made, image_size=self.image_size, label_names=self.label_names)
         model.heads[0].reset_parameters()
         args = AutoLoraTrainingArguments(

@@ -97,11 +97,11 @@ def test_efficientnet_has_every_tensor_and_sees():
 def test_the_task_of_the_quickstart_is_trained_as_there(tmp_path):
     """Weight by weight, so that its figures and those of the quickstart are of the same thing."""
     settings = QuickstartSettings(epochs=1, train_images=100, seed=3)
-    reference = train_on_digits("trades", settings, tmp_path / "a", True, config_for("trades"), learning_rate=0.01)
+    reference = train_on_digits("ar-at", settings, tmp_path / "a", True, config_for("ar-at"), learning_rate=0.01)
     task = dataclasses.replace(
         tasks.TASKS["digits"], epochs=1, train=lambda seed: data.digits("train").subset(100, seed)
     )
-    trainer = task.trainer("trades", 3, tmp_path / "b")
+    trainer = task.trainer("ar-at", 3, tmp_path / "b")
     trainer.train()
     one, other = reference.model.state_dict(), trainer.model.state_dict()
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
