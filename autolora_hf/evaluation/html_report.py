@@ -226,7 +226,7 @@ def _conditions(report: RobustnessReport) -> list[tuple[str, str | None]]:
         ("seed", str(report.seed)),
         ("batch size", "" if report.batch_size is None else str(report.batch_size)),
         ("route", report.route or ""),
-        ("weights", report.weights_sha256 and f"SHA-256 {report.weights_sha256}"),
+        ("weights", report.network_sha256 and f"SHA-256 {report.network_sha256}"),
         ("time", f"{report.seconds:,.1f} s on {report.device}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())),
     ]

@@ -125,7 +125,7 @@ class RobustnessReport:
         batch_size (`int`, *optional*): Images attacked at a time, on which the random starts depend.
         versions (`dict[str, str]`): Versions of the packages involved.
         warnings (`list[str]`): What to know before using the figures.
-        weights_sha256 (`str`, *optional*): Of the network that was measured: names, shapes and values of its weights
+        network_sha256 (`str`, *optional*): Of the network that was measured: names, shapes and values of its weights
             and buffers; of an AutoLoRa model those of the route, with its branches merged.
         labels (`list[int]`): For each image its class.
         natural_predicted (`list[int]`): For each image the class that the clean one is taken for.
@@ -165,7 +165,7 @@ class RobustnessReport:
     batch_size: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
-    weights_sha256: str | None = None
+    network_sha256: str | None = None
     labels: list[int] = field(default_factory=list)
     natural_predicted: list[int] = field(default_factory=list)
     robust_predicted: list[int] = field(default_factory=list)
@@ -324,7 +324,7 @@ class RobustnessReport:
             "num_classes",
             "seed",
             "route",
-            "weights_sha256",
+            "network_sha256",
         )
         for name in same:
             values = [getattr(part, name) for part in parts]

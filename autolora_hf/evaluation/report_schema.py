@@ -134,7 +134,7 @@ _REPORT = json_object(
     },
     # Added later: reports of before are without them.
     {
-        "weights_sha256": optional(_sha256),
+        "network_sha256": optional(_sha256),
         "labels": list_of(_CLASS, _MOST_IMAGES),
         "natural_predicted": list_of(_CLASS, _MOST_IMAGES),
         "robust_predicted": list_of(_CLASS, _MOST_IMAGES),

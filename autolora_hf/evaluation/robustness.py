@@ -206,7 +206,7 @@ def evaluate_robustness(
             attack_settings=settings,
             batch_size=batch_size,
             versions=_versions(),
-            weights_sha256=weights_digest({**dict(target.named_parameters()), **dict(target.named_buffers())}),
+            network_sha256=weights_digest({**dict(target.named_parameters()), **dict(target.named_buffers())}),
             labels=samples.labels.tolist(),
             natural_predicted=clean.predicted.tolist(),
             robust_predicted=answers.predicted.tolist(),

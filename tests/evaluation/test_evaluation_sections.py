@@ -329,8 +329,8 @@ def test_reports_of_other_models_are_not_merged():
     data = case([0.2, 0.01, 0.2, 0.01], [0, 1, 2, 0])
     networks = [nn.Sequential(nn.Flatten(), nn.Linear(768, 4)) for _ in range(2)]
     parts = [evaluate(data, model=networks[n], sample_indices=[2 * n, 2 * n + 1]) for n in range(2)]
-    assert parts[0].weights_sha256 != parts[1].weights_sha256
-    with pytest.raises(ValueError, match="differ in `weights_sha256`"):
+    assert parts[0].network_sha256 != parts[1].network_sha256
+    with pytest.raises(ValueError, match="differ in `network_sha256`"):
         RobustnessReport.merged(parts)
     with pytest.raises(ValueError, match="no reports"):
         RobustnessReport.merged([])
