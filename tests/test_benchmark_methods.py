@@ -127,6 +127,7 @@ def test_a_backbone_is_trained_once_and_kept(recipe, tmp_path, monkeypatch):
     assert dataclasses.replace(recipe, epochs=2).folder() != recipe.folder()
 
 
+@pytest.mark.slow
 def test_a_row_holds_what_the_page_needs(monkeypatch):
     test = data.digits("test").subset(20, 0)
     small = dataclasses.replace(

@@ -34,7 +34,7 @@ REPRESENTATIVE = [
     "transformers/mobilenet_v1",  # padding computed from the layer's attributes
     "transformers/timm_wrapper",
 ]
-ALWAYS = ["timm/convnext", "timm/levit", "timm/beit/relative-positions", "transformers/bit"]
+ALWAYS = ["timm/convnext", "timm/levit", "transformers/bit"]
 REFUSED = {
     "transformers/imagegpt": "colour-cluster numbers",
     "transformers/shieldgemma2": "text prompt",

@@ -351,6 +351,7 @@ def test_an_accuracy_out_of_reach(measured):
         extract_for_accuracy(model, base, dataset(), max_size=0.05)
 
 
+@pytest.mark.slow
 def test_a_measured_search():
     model, base = trained()
     model.threat_model = ThreatModel("linf", 0.002)

@@ -105,6 +105,7 @@ def test_zero_head(tmp_path):
     assert all(parameter.any() for head in trainer.model.heads for parameter in head.parameters())
 
 
+@pytest.mark.slow
 def test_a_run_that_is_interrupted_anywhere_ends_with_the_same_bits(tmp_path):
     options = {"init": "adversarial-linear-probe", "init_kwargs": {"epochs": 3}, "num_train_epochs": 3}
 

@@ -75,6 +75,7 @@ def test_two_processes_train_as_one(tmp_path, two_processes, name):
     in_step(first, second)
 
 
+@pytest.mark.slow
 def test_repeated_samples_would_change_the_gradient(tmp_path, two_processes):
     """The same comparison finds a difference if what fills up the last batch counts as well."""
     first, _ = two_processes("short")

@@ -129,6 +129,7 @@ def test_seeds_may_be_negative_and_large():
     assert not torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])
 
 
+@pytest.mark.slow
 def test_another_process_makes_the_same_images():
     """Also of the two kinds with random numbers of their own, one of them in compiled code."""
     program = (
