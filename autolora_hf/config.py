@@ -83,8 +83,13 @@ class ThreatModel:
         """The largest radius of this norm that is taken for one in [0, 1] pixels."""
         return _NORMS[self.norm][1]
 
+    @property
+    def norm_name(self) -> str:
+        """The norm as papers and attack libraries spell it, such as "Linf"."""
+        return _NORMS[self.norm][0]
+
     def __str__(self) -> str:
-        name, _ = _NORMS[self.norm]
+        name = self.norm_name
         scaled = self.eps * 255
         if self.norm == "linf" and abs(scaled - round(scaled)) < 1e-6:
             return f"{name}, eps = {round(scaled)}/255"

@@ -78,7 +78,7 @@ class AutoAttackComponent:
         with attack_mode(model), isolated_random_state(self.seed), _silenced(), torch.no_grad():
             suite = load_library().AutoAttack(
                 model,
-                norm={"linf": "Linf", "l2": "L2", "l1": "L1"}[self.threat_model.norm],
+                norm=self.threat_model.norm_name,
                 eps=self.threat_model.eps,
                 seed=self.seed,
                 version="standard",
@@ -137,7 +137,7 @@ def autoattack_components(
     if threat_model.norm != "linf" and not _square_tiles(image_size):
         names.remove("Square")
         left_out["Square"] = (
-            f"pyautoattack's {threat_model.norm.upper()} version cannot tile images of "
+            f"pyautoattack's {threat_model.norm_name} version cannot tile images of "
             f"{image_size[0]} x {image_size[1]} pixels"
         )
     return [AutoAttackComponent(name, threat_model, num_classes, seed) for name in names], left_out

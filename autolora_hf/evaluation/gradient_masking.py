@@ -195,7 +195,7 @@ def black_box(subject: Subject) -> Finding:
     pixels, labels = subject.pixels[rows].contiguous(), subject.labels[rows]
     square = load_library().square.SquareAttack(
         _Answering(subject.target, subject.num_classes),
-        norm=f"L{subject.threat_model.norm[1:]}",
+        norm=subject.threat_model.norm_name,
         n_queries=QUERIES,
         eps=subject.threat_model.eps,
         seed=subject.seed,
