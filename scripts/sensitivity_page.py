@@ -83,20 +83,21 @@ class Setting:
 
 
 def settings(rows: list[Row]) -> dict[str, list[Setting]]:
-    """By method, the points that were measured with every seed that AutoLoRa's default was."""
+    """By method, its points with every seed that AutoLoRa's default was measured with.
+
+    Empty as long as one of them is missing: what part of a grid is there says nothing of its best and its median.
+    """
     by_name: dict[str, dict[int, Row]] = {}
     for row in rows:
         by_name.setdefault(row["system"], {})[row["seed"]] = row
     seeds = sorted(by_name.get(DEFAULT, {}))
-    found = {
-        method: [
-            Setting(point.system.name, [by_name[point.system.name][seed] for seed in seeds])
-            for point in grid
-            if seeds and all(seed in by_name.get(point.system.name, {}) for seed in seeds)
-        ]
+    names = [point.system.name for grid in GRIDS.values() for point in grid]
+    if not seeds or any(seed not in by_name.get(name, {}) for name in names for seed in seeds):
+        return {}
+    return {
+        method: [Setting(point.system.name, [by_name[point.system.name][seed] for seed in seeds]) for point in grid]
         for method, grid in GRIDS.items()
     }
-    return {method: measured for method, measured in found.items() if measured}
 
 
 class Summary(NamedTuple):
@@ -131,18 +132,17 @@ def against(default: Setting, other: Setting, attack: str) -> Difference | None:
 
 def sensitivity_section(rows: list[Row]) -> Iterator[str]:
     found = settings(rows)
-    if len(found) < 2:
+    if not found:
         return
     default = default_of(found)
     seeds = sorted(row["seed"] for row in default.rows)
-    total, measured = sum(map(len, GRIDS.values())), sum(map(len, found.values()))
     dates = sorted({row["date"] for row in rows})
     devices = "; ".join(sorted({row["device"] for row in rows}))
     images = len(default.verdicts("autoattack")[0])
     yield "## Sensitivity: does anything have to be tuned?"
     yield wrap(
         f"`python scripts/sensitivity.py`, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, {devices}; seeds "
-        f"{', '.join(map(str, seeds))}; {measured} of the {total} points of the grids are measured with all of them. "
+        f"{', '.join(map(str, seeds))}; {sum(map(len, found.values()))} points. "
         f"The task is `digits`, with AutoAttack on {images} of its test images and PGD-20 on all. Every learning rate "
         f"at the start ({', '.join(f'{rate:g}' for rate in RATES)}; half of that for adapters) is combined with every "
         "loss weight; everything else, the shape of the learning rate included, is each method's own. AutoLoRa's "
@@ -207,9 +207,7 @@ def _conclusion(found: dict[str, list[Setting]], default: Setting) -> str:
             f"defaults have {_percent(own)}"
             + (": they are at least as high." if own >= top.accuracy(attack) else ": they do not reach it.")
         )
-    spreads = {
-        method: [setting.accuracy("pgd20") for setting in grid] for method, grid in found.items() if len(grid) > 1
-    }
+    spreads = {method: [setting.accuracy("pgd20") for setting in grid] for method, grid in found.items()}
     sentences.append(
         "From the worst to the best point of its grid PGD-20 accuracy spans "
         + ", ".join(
@@ -223,7 +221,7 @@ def _conclusion(found: dict[str, list[Setting]], default: Setting) -> str:
 def draw(rows: list[Row], path: Path) -> None:
     """A strip of points a method, and AutoLoRa's defaults as a line across, with its interval."""
     found = settings(rows)
-    if len(found) < 2:
+    if not found:
         return
     default = default_of(found)
     figure = Figure(figsize=(10, 4.2), layout="constrained")
