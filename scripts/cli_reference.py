@@ -1,7 +1,7 @@
 """Writes the reference of the command line, `docs/cli/`, from the parsers of the commands.
 
-    python scripts/cli_reference.py           # write
-    python scripts/cli_reference.py --check   # exit status 1 if a page is not what the parsers say
+python scripts/cli_reference.py           # write
+python scripts/cli_reference.py --check   # exit status 1 if a page is not what the parsers say
 """
 
 from __future__ import annotations
@@ -48,7 +48,11 @@ def page(command: str) -> str:
     parser = parser_of(command)
     needed = [action for action in parser._actions if action.required]
     usage = " ".join(["autolora", command, *map(_needed, needed), "[options]"])
-    parts = [f"# autolora {command}", _paragraph(parser.description), f"<!-- not run: usage -->\n```text\n{usage}\n```"]
+    parts = [
+        f"# autolora {command}",
+        _paragraph(parser.description),
+        f"<!-- not run: usage -->\n```text\n{usage}\n```",
+    ]
     for title, actions in _sections(command, parser):
         parts += [f"## {title}", "\n".join(_entry(parser, action) for action in actions)]
     if command == "train":
@@ -62,9 +66,9 @@ def index() -> str:
     """The list of the commands."""
     rows = [f"| [`autolora {command}`]({command}.md) | {what} |" for command, what in COMMANDS.items()]
     text = (
-        "Made from the parsers of the commands by `python scripts/cli_reference.py`. `autolora COMMAND --help` says the "
-        "same. The exit status is 0 when a command did what it was asked to, 1 when it failed or a check did not hold, and "
-        "2 when it was called wrongly."
+        "Made from the parsers of the commands by `python scripts/cli_reference.py`. `autolora COMMAND --help` says "
+        "the same. The exit status is 0 when a command did what it was asked to, 1 when it failed or a check did not "
+        "hold, and 2 when it was called wrongly."
     )
     return "\n".join(["# Command line", "", _paragraph(text), "", "| | |", "|---|---|", *rows]) + "\n"
 
@@ -115,7 +119,9 @@ def _option(action: argparse.Action) -> str:
 def _value(action: argparse.Action) -> str:
     if action.nargs == 0:
         return ""
-    name = action.metavar or ("{" + ",".join(map(str, action.choices)) + "}" if action.choices else action.dest.upper())
+    name = action.metavar or (
+        "{" + ",".join(map(str, action.choices)) + "}" if action.choices else action.dest.upper()
+    )
     return {"?": f" [{name}]", "*": f" [{name} ...]", "+": f" {name} [{name} ...]"}.get(str(action.nargs), f" {name}")
 
 

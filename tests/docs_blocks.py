@@ -7,10 +7,11 @@ The convention, for everyone who writes a page:
 - a block that is not run has `<!-- not run: reason -->` on the line before it, whatever its language. The commands in
   it are still read: their options must exist, and so must the files and extras that they name.
 
-Blocks are fenced: what is indented could not be marked. Another comment, `<!-- given: names -->`, stands at the top of a
-page whose blocks start from something that the reader has already; `docs_world.GIVEN` makes it.
+Blocks are fenced: what is indented could not be marked. Another comment, `<!-- given: names -->`, stands at the top of
+a page whose blocks start from something that the reader has already; `docs_world.GIVES` makes it.
 """
 
+import argparse
 import contextlib
 import io
 import re
@@ -18,9 +19,11 @@ import shlex
 import tomllib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from markdown_it import MarkdownIt
+from script_modules import load
 from sybil import Document, Example, Region
 from sybil.parsers.markdown import CodeBlockParser
 
@@ -29,8 +32,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MARKER = re.compile(r"<!-- not run: (\S.*?) -->\n[ \t]*\Z")
 GIVEN = re.compile(r"^<!-- given: (.*?) -->$", re.MULTILINE)
-# Languages whose blocks run, and how their blocks may be called.
-RUN = {"python": "python", "py": "python", "bash": "bash", "shell": "bash", "console": "bash"}
+# Languages whose blocks run.
+RUN = ("python", "bash")
 LAUNCHERS = ("torchrun", "accelerate")
 # What a page may tell readers to install or call that is no part of this repository.
 OTHER_TOOLS = ("git", "hf", "mkdocs", "cd", "source", "docker")
@@ -135,7 +138,9 @@ def problem_of(words: list[str]) -> str | None:
     if words[:2] == ["pip", "install"] or words[:4] == ["python", "-m", "pip", "install"]:
         return problem_of_extras(words[words.index("install") + 1 :])
     if words[:3] == ["python", "-m", "pytest"]:
-        return None if all((ROOT / w.partition("::")[0]).exists() for w in words if w.startswith("tests")) else "no test"
+        return (
+            None if all((ROOT / w.partition("::")[0]).exists() for w in words if w.startswith("tests")) else "no test"
+        )
     if words[0] == "python":
         return problem_of_script(words[1:])
     return None if words[0] in OTHER_TOOLS else f"{words[0]!r} is no command that the documentation may name"
@@ -166,10 +171,9 @@ def problem_of_autolora(arguments: list[str]) -> str | None:
     return None
 
 
-def parser_of(command: str):
-    from script_modules import load_script
-
-    return load_script("cli_reference").parser_of(command)
+@cache
+def parser_of(command: str) -> argparse.ArgumentParser:
+    return load("cli_reference").parser_of(command)
 
 
 def problem_of_extras(words: list[str]) -> str | None:
