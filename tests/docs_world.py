@@ -9,8 +9,8 @@ run in seconds and without a network, exactly this is substituted, and nothing e
   weights. `org/quickstart-digits` is the real model of `model_cards/`.
 - Data (`_write_files`, `_publish_data`) are small pictures of three colours: `birds/` by class, tar shards of them,
   and a data set on the Hub with the columns and splits of the one whose name it has.
-- Trainings (`shorten`) have one epoch, batches of up to 16, and attacks of up to 2 steps; AutoAttack's Square has 50
-  queries of 5,000; `autolora quickstart` has the smallest settings that it takes.
+- Trainings (`shorten`) have one epoch, batches of up to 16, and attacks of up to 2 steps; AutoAttack's attacks have 20
+  iterations of 100, and its Square 50 queries of 5,000; `autolora quickstart` has the smallest settings that it takes.
 
 As a script it takes the folder of the server's store, reads the path of a page a line from stdin, and answers with a
 line of JSON: of every block that ran its line, seconds, and what went wrong.
@@ -44,7 +44,7 @@ SMALL = {"resnet50": RESNET, "resnet18": RESNET, "vit_small_patch16_224": VIT}
 SIZE = (3, 32, 32)
 CLASSES = ("finch", "heron", "robin")
 QUICKSTART = ["--epochs", "1", "--train-images", "100", "--test-images", "10", "--attack-steps", "1"]
-SQUARE_QUERIES = 50
+ITERATIONS, QUERIES = 20, 50
 
 
 def picture(label: int, random: np.random.Generator, size: int = 36) -> Image.Image:
@@ -169,7 +169,9 @@ def shorten() -> None:
 
     def quick(self: pyautoattack.AutoAttack, *args: object, **kwargs: object) -> None:
         suite(self, *args, **kwargs)
-        self.square.n_queries = SQUARE_QUERIES
+        for attack in (self.apgd, self.apgd_targeted, self.fab):
+            attack.n_iter = ITERATIONS
+        self.square.n_queries = QUERIES
 
     pyautoattack.AutoAttack.__init__ = quick
 
