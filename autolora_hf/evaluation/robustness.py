@@ -49,6 +49,8 @@ from .zero_shot import refuse_tower
 
 
 _VERSIONS = ("torch", "timm", "transformers", "peft", "pyautoattack", "imagecorruptions-imaug", "numpy")
+# Numbers of the first stage of what is measured besides, so that it does not move what comes after it.
+_OTHER_ROUTE, _CURVE, _CORRUPTIONS = 100, 200, 300
 
 
 def evaluate_robustness(
@@ -103,8 +105,9 @@ def evaluate_robustness(
         progress (`bool`): Show a progress bar an attack, in the main process.
         checkpoint_dir (`str`, *optional*): Folder in which the verdicts on every finished batch are kept. An
             evaluation that was killed goes on from there when it is started again in the same way, with any number of
-            processes, and ends with the same report but for the times, which count those of the earlier runs. A
-            custom attack is recognised by its `repr`, which must state its settings, as that of a dataclass does.
+            processes, and ends with the same report but for the times, which count those of the earlier runs. One that
+            is finished can be asked for `curve`, `corruptions` or `route="both"` afterwards. A custom attack is
+            recognised by its `repr`, which must state its settings, as that of a dataclass does.
         diagnostics (`bool`): Look for gradient masking on a few images, see [`gradient_masking_findings`]. What is
             found stands in `report.findings`, and what failed among the warnings too.
         curve (`bool` or `Sequence[float]`): Measure robust accuracy at these radii too, in [0, 1] pixels, under PGD
@@ -147,13 +150,15 @@ def evaluate_robustness(
             evaluation: dict[str, Any] = {}
             if processes.size > 1 or checkpoint_dir is not None:
                 conditions = {"threat_model": asdict(threat_model), "attacks": settings, "seed": seed}
-                further = {"curve": [one.eps for one in radii], "corruptions": corrupted_by, "routes": routes}
-                conditions = {**conditions, **further, "versions": _versions()}
-                evaluation = describe_evaluation(model, [one.view for one in subjects], routes, samples, conditions)
+                conditions = {**conditions, "route": routes[0], "versions": _versions()}
+                evaluation = describe_evaluation(model, view, samples, conditions)
             if checkpoint_dir is not None:
                 custom = [entry for entry, row in zip(requested, settings, strict=True) if row["kind"] == "custom"]
                 evaluation["custom_attacks"] = [settings_in_words(entry) for entry in custom]
-        check_same(processes.gather({**evaluation, "checkpoint_dir is given": checkpoint_dir is not None}))
+        # What is measured besides may be asked for later, of an evaluation that is finished: it is no part of what the
+        # verdicts of a checkpoint depend on.
+        further = {"curve": [one.eps for one in radii], "corruptions": corrupted_by, "routes": routes}
+        check_same(processes.gather({**evaluation, **further, "checkpoint_dir is given": checkpoint_dir is not None}))
         with processes.together():
             checkpoint = None
             if checkpoint_dir is not None:
@@ -173,13 +178,15 @@ def evaluate_robustness(
 
         other_route = None
         for subject in subjects[1:]:
-            stages.view, stages.target = subject.view, subject.target
+            stages.view, stages.target, stages.number = subject.view, subject.target, _OTHER_ROUTE
             other = stages.clean()
             natural = accuracy_of(other.correct)
             subject.attacked(stages, requested, attacks, threat_model, seed, other)
             other_route = RouteResult(subject.route, natural, accuracy_of(other.correct))
             stages.view, stages.target = view, target
+        stages.number = _CURVE
         found_curve = _measure_curve(stages, clean, radii, seed)
+        stages.number = _CORRUPTIONS
         found_corruptions = _measure_corruptions(stages, corrupted_by, seed)
 
         protocol: Protocol = "custom"
