@@ -40,9 +40,7 @@ class LoggedQuantity:
 
 
 LOGGED = (
-    LoggedQuantity(
-        "eval_robust_accuracy", EPOCH, "Accuracy of the deployed route on the validation images under PGD."
-    ),
+    LoggedQuantity("eval_robust_accuracy", EPOCH, "Accuracy of the deployed route on validation images under PGD."),
     LoggedQuantity("eval_robust_accuracy_low", EPOCH, "Lower end of its 95 % interval."),
     LoggedQuantity("eval_robust_accuracy_high", EPOCH, "Upper end of its 95 % interval."),
     LoggedQuantity("eval_natural_accuracy", EPOCH, "Accuracy of the deployed route on the clean validation images."),
@@ -111,7 +109,7 @@ LOGGED = (
     LoggedQuantity(
         "feature_displacement",
         START,
-        "How far a short attack moves the backbone's features; large if it is not robust.",
+        "How far a short attack moves the features of the backbone; below 0.5 if it is robust.",
     ),
     LoggedQuantity("epoch", STEPS, "Epochs so far; in every entry."),
     LoggedQuantity("eval_runtime", EPOCH, "Seconds that validation took."),
