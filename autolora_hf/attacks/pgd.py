@@ -161,10 +161,16 @@ class PGD:
         start: Tensor | None = None,
         generator: torch.Generator | None = None,
         reference: Tensor | None = None,
+        losses: list[Tensor] | None = None,
     ) -> Tensor:
         """The attack itself, on pixels that are known to be right: it never makes the host wait for the device.
 
         Arguments as of calling the instance.
+
+        Args:
+            losses (`list[Tensor]`, *optional*): Gets the loss of every image, N, at each gradient of the first run:
+                that of the start first. That of the images that are returned is not among them, since it would take
+                another pass.
         """
         if generator is None:
             generator = torch.Generator(device=pixels.device).manual_seed(self.seed)
@@ -174,7 +180,7 @@ class PGD:
                 with torch.no_grad():
                     reference = logits_of(model(pixels))
                 reference = F.softmax(reference, dim=-1) if self.loss == "kl" else reference
-            best = self._run(model, pixels, labels, reference, start, generator)
+            best = self._run(model, pixels, labels, reference, start, generator, losses)
             if self.restarts > 1:
                 best_fooled, best_loss = self._outcome(model, best, labels, reference)
             for _ in range(self.restarts - 1):
@@ -194,6 +200,7 @@ class PGD:
         reference: Tensor | None,
         start: Tensor | None,
         generator: torch.Generator,
+        losses: list[Tensor] | None = None,
     ) -> Tensor:
         if start is not None:
             adversarial = start.detach().to(pixels)
@@ -205,8 +212,10 @@ class PGD:
         ball = Ball(pixels, self.threat_model)
         for _ in range(self.steps):
             adversarial = adversarial.detach().requires_grad_(True)
-            loss = self._losses(logits_of(model(adversarial)), labels, reference).sum()
-            (gradient,) = torch.autograd.grad(loss, adversarial)
+            found = self._losses(logits_of(model(adversarial)), labels, reference)
+            (gradient,) = torch.autograd.grad(found.sum(), adversarial)
+            if losses is not None:
+                losses.append(found.detach())
             adversarial = ball.ascend(adversarial.detach(), gradient, self.step_size)
         return adversarial
 

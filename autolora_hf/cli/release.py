@@ -13,13 +13,15 @@ from ..data import PixelDataset, as_pixel_dataset, check_class_names, check_unse
 from ..evaluation import evaluate_robustness
 from ..evaluation.examples import draw_examples
 from ..hub.extraction import Extraction, extract_adapter, extract_for_accuracy
-from ..hub.model_card import write_model_card
+from ..hub.model_card import CARD, write_model_card
 from ..modeling import AutoLoraModel
 from ..training import AutoLoraTrainer, AutoLoraTrainingArguments
 from ..training.data import hold_out
 from .data import open_data
 from .display import show_progress
 from .model import add_model_arguments, open_model
+from .parser import CommandParser
+from .result import CommandResult, report_values
 
 
 logger = logging.getLogger(__name__)
@@ -29,8 +31,8 @@ EXAMPLES = "adversarial_examples.png"
 _VALIDATION_IMAGES, _CALIBRATION_IMAGES = 500, 1000
 
 
-def run(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+def build_parser() -> CommandParser:
+    parser = CommandParser(
         prog="autolora release",
         description=(
             "Makes a release of a trained model: measured with AutoAttack on test data, with its card and a picture. "
@@ -65,6 +67,11 @@ def run(argv: list[str]) -> None:
     parser.add_argument("--name", help="name the model will have on the Hub, 'org/name', for the card")
     parser.add_argument("--dataset-name", help="what the card calls the data")
     parser.add_argument("--license", help="licence of the release, for instance apache-2.0")
+    return parser
+
+
+def run(argv: list[str]) -> CommandResult:
+    parser = build_parser()
     args = parser.parse_args(argv)
     extracting = args.adapter_size is not None or args.keep is not None
     if args.repair_epochs and not extracting:
@@ -89,6 +96,7 @@ def run(argv: list[str]) -> None:
         validation = as_pixel_dataset(validation, model.preprocessing, name="validation data", **columns)
         check_class_names(model.label_names, validation.class_names, "validation data")
     notes = [] if test is None else check_unseen(test, {"training": train, "validation": validation}, "--data")
+    extraction = report = None
     if extracting:
         extraction = _extract(model, train, validation, args)
         print(extraction)
@@ -120,6 +128,24 @@ def run(argv: list[str]) -> None:
         command=f"autolora release {shlex.join(_without_token(argv))}",
     )
     print(f"\nReleased in {folder}/. Publish it with: autolora push {folder} {args.name or 'ORG/NAME'}")
+    return CommandResult(
+        {
+            "mode": model.autolora_config.mode,
+            "adapter": extraction
+            and {
+                "values": extraction.values,
+                "full_values": extraction.full_values,
+                "size": extraction.size,
+                "explained": extraction.total_explained,
+            },
+            "test": report and report_values(report),
+            "files": {
+                "model": str(folder),
+                "card": str(folder / CARD),
+                "examples": str(folder / EXAMPLES) if figures else None,
+            },
+        }
+    )
 
 
 def _extract(model: AutoLoraModel, train: Any, validation: Any, args: argparse.Namespace) -> Extraction:

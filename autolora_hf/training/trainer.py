@@ -38,12 +38,14 @@ from .distributed import (
 from .evaluating import TRAINING, EvaluatingTrainer, accuracies, losses
 from .forward import TrainingForward
 from .gradient_similarity import GradientSimilarityCallback
+from .logged import ATTACK_END, ATTACK_START, EPS, IMAGES_PER_SECOND, SKIPPED_STEPS
 from .numerics import StepGuard
 from .progress import EpochTableCallback
 from .redirect import call_inside
 from .resuming import run_environment
 from .schedule import AutoLoraScheduler
 from .stages import run_finisher, run_initializer
+from .throughput import Throughput
 
 
 logger = logging.getLogger(__name__)
@@ -131,6 +133,9 @@ class AutoLoraTrainer(EvaluatingTrainer):
             self.add_callback(GradientSimilarityCallback(self))
         if isinstance(train, PixelDataset):  # a stream reports broken images itself
             self.add_callback(BrokenImagesCallback(train))
+        # The last one: what others do when an epoch begins, such as loading weights, is no training.
+        self._throughput = Throughput()
+        self.add_callback(self._throughput)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(EpochTableCallback(accuracies=self.objective.classifies))
         # Weights that were drawn at random may differ.
@@ -278,25 +283,37 @@ class AutoLoraTrainer(EvaluatingTrainer):
         precision = torch.float32 if checkpointing.is_enabled(model) else self._precision
 
         forward = TrainingForward(model, partial(self._images, model), precision, own)
-        reference = self.objective.reference(pixels)
-        adversarial = self._adversarial(pixels, labels, share.first, reference)
+        reference, losses = self.objective.reference(pixels), []
+        adversarial = self._adversarial(pixels, labels, share.first, reference, losses)
         batch = Batch(pixels, adversarial, labels[:own], None if reference is None else reference[:own])
         output = self.objective(forward, batch, self.lr_scheduler.scalars)
         terms = {name: value * share.weight for name, value in output.terms.items()}
-        return self._guard.checked(output.loss * share.weight, terms, pixels, adversarial)
+        ends = {ATTACK_START: losses[0], ATTACK_END: losses[-1]} if losses else {}
+        noted = {name: found[:own].float().mean() * share.weight for name, found in ends.items()}
+        self._throughput.count(share.count)
+        return self._guard.checked(output.loss * share.weight, terms, pixels, adversarial, noted)
 
-    def _adversarial(self, pixels: Tensor, labels: Tensor, first: int, reference: Tensor | None) -> Tensor | None:
-        """The images of a training step under attack; `None` if the objective wants none."""
+    def _adversarial(
+        self, pixels: Tensor, labels: Tensor, first: int, reference: Tensor | None, losses: list[Tensor] | None = None
+    ) -> Tensor | None:
+        """The images of a training step under attack; `None` if the objective wants none.
+
+        Args:
+            losses (`list[Tensor]`, *optional*): Gets what the attack maximised, see [`PGD.search`].
+        """
         if not self.objective.needs_adversarial:
             return None
         step, attack = self.state.global_step, self._train_attack
-        share = self.lr_scheduler.epsilon.share(step / self.plan["steps_per_epoch"])
+        share = self._eps_share(step)
         if share == 0:
             return pixels
         if share < 1:
             attack = self.args.training_attack(self.objective.attack_loss, share)
         key = (self.args.seed, TRAINING, step)
-        return self._attacker(attack, pixels, labels, *key, first=first, reference=reference)
+        return self._attacker(attack, pixels, labels, *key, first=first, reference=reference, losses=losses)
+
+    def _eps_share(self, step: int) -> float:
+        return self.lr_scheduler.epsilon.share(step / self.plan["steps_per_epoch"])
 
     def _images(self, model: AutoLoraModel, pixels: Tensor) -> Tensor:
         """Pixels as the model takes them: normalised, in its precision."""
@@ -346,8 +363,13 @@ class AutoLoraTrainer(EvaluatingTrainer):
         if "loss" in logs:
             means = self._guard.pop_means()
             logs |= {name: self.accelerator.reduce(mean, "mean").item() for name, mean in means.items()}
-            logs["skipped_steps"] = self.lr_scheduler.skipped_steps
+            if self.objective.needs_adversarial:
+                logs[EPS] = float(self.args.eps) * self._eps_share(max(0, self.state.global_step - 1))
+            logs[IMAGES_PER_SECOND] = self._throughput.images_per_second(self.accelerator)
+            logs[SKIPPED_STEPS] = self.lr_scheduler.skipped_steps
         super().log(logs, start_time)
+        if "loss" in logs:
+            self._throughput.restart()
 
     # ---- checkpoints ----
 
