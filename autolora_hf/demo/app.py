@@ -31,14 +31,14 @@ def build(demo: Demo) -> gr.Blocks:
     is_quick = _seconds_of_an_attack(demo) <= _SOON
     others = [classifier.name for classifier in demo.others]
     trained = _scale(demo, demo.threat_model.norm)
-    session = _Session(demo)
+    events = _Events(demo)
 
     with gr.Blocks(
         analytics_enabled=False, title=f"Attack {demo.title}", delete_cache=(_KEPT_SECONDS, _KEPT_SECONDS)
     ) as app:
         gr.HTML(page.introduction(demo))
         image = gr.State(None)
-        with gr.Row():
+        with gr.Row(elem_classes="al-pixelated" if page.is_small(demo.preprocessing.image_size) else None):
             with gr.Column(scale=1, min_width=300, elem_classes="al-controls"):
                 gallery = None
                 if demo.examples:
@@ -52,9 +52,10 @@ def build(demo: Demo) -> gr.Blocks:
                         allow_preview=False,
                         interactive=False,
                         buttons=[],
+                        selected_index=0,
                         elem_id="examples",
                     )
-                upload = gr.File(label="… or upload an image" if demo.examples else "Upload an image", height=120)
+                upload = gr.File(label="… or upload an image" if demo.examples else "Upload an image", height=150)
                 norm = gr.Radio(
                     [(ThreatModel(name).norm_name, name) for name in NORMS],
                     value=demo.threat_model.norm,
@@ -80,31 +81,34 @@ def build(demo: Demo) -> gr.Blocks:
                 curve = gr.HTML("", elem_id="curve")
         gr.HTML(page.about(demo))
 
-        settings = [norm, eps, other]
+        settings = [image, norm, eps, other]
         shown = [problem, results, curve]
         # One at a time: attacks use all cores, and a queue is fairer than many that crawl.
         turn = {"concurrency_limit": 1, "concurrency_id": "attack", "show_progress": "minimal"}
-        norm_options = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        private = {"api_visibility": "private"}
+        instant = {"queue": False, "show_progress": "hidden", **private}
 
-        gr.on([eps.input, eps.change], session.radius_line, [norm, eps], radius, **norm_options)
-        changed = norm.change(session.scale_of, norm, [eps, radius], **norm_options)
-        attack = [button.click, *([eps.release, other.change] if is_quick else [])]
-        again = session.attack_when_ready
-        gr.on(attack, session.attack, [image, *settings], shown, trigger_mode="always_last", api_name="attack", **turn)
+        button.click(events.attack, settings, shown, api_name="attack", scroll_to_output=True, **turn)
+        follow = events.attack_if_ready if is_quick else events.show
+        gr.on([eps.input, eps.change], events.radius_line, [norm, eps], radius, **instant)
+        changed = norm.change(events.scale_of, norm, [eps, radius], **instant)
         if is_quick:
-            changed.then(again, [image, *settings], shown, api_visibility="private", **turn)
-        chosen = again if is_quick else session.wait
-        read = upload.upload(session.upload, upload, [image, *shown], api_name="upload", show_progress="hidden")
-        read.success(chosen, [image, *settings], shown, api_visibility="private", **turn)
-        upload.clear(session.clear, None, [image, *shown], api_visibility="private", queue=False)
+            gr.on([eps.input, other.change], follow, settings, shown, trigger_mode="always_last", **turn, **private)
+            changed.then(follow, settings, shown, **turn, **private)
+        uploaded = upload.upload(events.upload, upload, [image, *shown], api_name="upload", show_progress="hidden")
+        uploaded.then(follow, settings, shown, **turn, **private)
+        upload.clear(events.clear, None, [image, *shown], **instant)
         if gallery is not None:
-            pick = gallery.select(session.pick, None, [image, upload, *shown], api_visibility="private")
-            pick.success(chosen, [image, *settings], shown, api_visibility="private", **turn)
+            upload.upload(lambda: gr.Gallery(selected_index=None), None, gallery, **instant)
+            picked = gallery.select(events.pick, None, [image, upload, *shown], **instant)
+            picked.then(follow, settings, shown, **turn, **private)
+            opened = app.load(lambda: events.example(0), None, image, **instant)
+            opened.then(follow, settings, shown, **turn, **private)
     app.queue(max_size=32)
     return app
 
 
-class _Session:
+class _Events:
     """What the events of the page run; the images are kept by Gradio, one a visitor."""
 
     def __init__(self, demo: Demo) -> None:
@@ -131,34 +135,33 @@ class _Session:
         return None, "", page.invitation(), ""
 
     def pick(self, chosen: gr.SelectData) -> tuple[Upload, None, str, str, str]:
-        _, picture = self.demo.examples[chosen.index]
-        return read_example(picture, self.demo.preprocessing), None, "", page.invitation(), ""
+        return self.example(chosen.index), None, "", page.invitation(), ""
 
-    def wait(self, image: Upload | None, *settings: Any) -> Iterator[tuple[Any, ...]]:
-        """For slow models: the image as it is, and the attack when it is asked for."""
-        norm, _, other = settings
-        yield from self._shown(image, norm, 0.0, other)
+    def example(self, index: int) -> Upload:
+        name, picture = self.demo.examples[index]
+        is_class = name in (self.demo.label_names or ())
+        return read_example(picture, self.demo.preprocessing, name if is_class else None)
 
-    def attack_when_ready(self, image: Upload | None, *settings: Any) -> Iterator[tuple[Any, ...]]:
-        """An attack that nobody asked for: none without an image."""
-        if image is not None:
-            yield from self._shown(image, *settings)
-        else:
-            skip = gr.skip()
-            yield skip, skip, skip
+    def show(self, image: Upload | None, norm: Norm, eps: float, other: str | None) -> Iterator[tuple[Any, ...]]:
+        """The answers to the image as it is: where an attack takes long, it is made when it is asked for."""
+        if image is None:
+            yield (gr.skip(),) * 3
+            return
+        outcome = attack_image(self.demo.shown(other), image.pixels, norm, 0)
+        yield "", page.results(self.demo, outcome, image.notes), ""
+
+    def attack_if_ready(self, image: Upload | None, *settings: Any) -> Iterator[tuple[Any, ...]]:
+        """An attack that nobody asked for: without an image there is nothing to say."""
+        if image is None:
+            yield (gr.skip(),) * 3
+            return
+        yield from self.attack(image, *settings)
 
     def attack(
         self, image: Upload | None, norm: Norm, eps: float, other: str | None
     ) -> Iterator[tuple[str, str, str]]:
         if image is None:
             yield page.message("There is no image yet: choose an example or upload one."), page.invitation(), ""
-            return
-        yield from self._shown(image, norm, eps, other)
-
-    def _shown(
-        self, image: Upload | None, norm: Norm, eps: float, other: str | None
-    ) -> Iterator[tuple[str, str, str]]:
-        if image is None:
             return
         demo, scale = self.demo, _scale(self.demo, norm)
         eps, models = scale.nearest(eps), demo.shown(other)

@@ -9,7 +9,7 @@ from .attack import CurvePoint
 
 
 _WIDTH, _HEIGHT = 460, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 18, 52
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 14, 18, 54
 # Classes of the style sheet; the robust model is the last of the models and has the last of these.
 SERIES = ("first", "second")
 

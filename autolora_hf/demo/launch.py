@@ -52,7 +52,7 @@ def launch(
         server_name=host,
         server_port=port,
         share=share,
-        theme=gradio.themes.Default(primary_hue="blue", neutral_hue="slate"),
+        theme=gradio.themes.Default(primary_hue="blue", neutral_hue="slate", font=["system-ui", "sans-serif"]),
         css=(Path(__file__).parent / "style.css").read_text(),
         footer_links=[],
         # Larger files than these are cut off while they arrive; smaller ones get a message of ours.

@@ -46,11 +46,11 @@ def curve(demo: Demo, points: Sequence[dict[str, CurvePoint]], scale: Scale, cho
         eps = point[names[0]].eps
         mark = ' class="al-row-chosen" aria-current="true"' if eps == chosen else ""
         cells = "".join(
-            f"<td>{_sign(point[name].is_fooled)} {escape(demo.class_name(point[name].label))}"
+            f"<td>{_sign(point[name].is_fooled)}&nbsp;{escape(demo.class_name(point[name].label))}"
             f" <small>{point[name].confidence:.0%}</small></td>"
             for name in names
         )
-        rows.append(f'<tr{mark}><th scope="row">{escape(radius_text(eps))}</th>{cells}</tr>')
+        rows.append(f'<tr{mark}><th scope="row">{escape(radius_text(scale.norm, eps))}</th>{cells}</tr>')
     missing = total - len(points)
     waiting = f'<p class="al-wait">{missing} more radii are being attacked …</p>' if missing else ""
     return (
@@ -60,6 +60,11 @@ def curve(demo: Demo, points: Sequence[dict[str, CurvePoint]], scale: Scale, cho
         f'<div class="al-columns">{chart}<div class="al-scroll"><table><thead><tr><th scope="col">ε</th>{head}</tr>'
         f"</thead><tbody>{''.join(rows)}</tbody></table></div></div>{waiting}</section>"
     )
+
+
+def is_small(size: Sequence[int]) -> bool:
+    """Whether images of this height and width are shown enlarged, with sharp pixels."""
+    return max(size) <= 64
 
 
 def message(text: str) -> str:
@@ -77,7 +82,7 @@ def radius_line(scale: Scale, eps: float) -> str:
     usual = "the radius the robust model was trained for" if scale.is_trained else "a usual radius of this norm"
     where = f" ({usual})" if eps == scale.usual else ""
     what = "no attack" if eps == 0 else _NORMS[scale.norm]
-    return f'<p class="al-radius" aria-live="polite"><b>ε = {escape(radius_text(eps))}</b>{where}<br>{what}</p>'
+    return f'<p class="al-radius" aria-live="polite"><b>ε = {escape(radius_text(scale.norm, eps))}</b>{where}<br>{what}</p>'
 
 
 def introduction(demo: Demo) -> str:
@@ -112,14 +117,14 @@ def about(demo: Demo) -> str:
 def _card(demo: Demo, outcome: Outcome, name: str) -> str:
     attacked = outcome.attacked[name]
     picture, factor = amplified_change(attacked.adversarial - outcome.pixels)
-    change = f"\N{MULTIPLICATION SIGN}{factor}, grey: no change" if outcome.eps else "none"
+    change = f"<b>\N{MULTIPLICATION SIGN}{factor}</b> <small>grey: no change</small>" if outcome.eps else "none"
     clean, found = demo.class_name(attacked.clean.label), demo.class_name(attacked.answer.label)
     pictures = [
-        _figure(outcome.pixels, "Clean image", _answer(demo, attacked.clean, None), f"clean image, taken for {clean}"),
+        _figure(outcome.pixels, "Clean", _answer(demo, attacked.clean, None), f"clean image, taken for {clean}"),
         _figure(picture, "Perturbation", change, f"perturbation, amplified {factor} times"),
         _figure(
             attacked.adversarial,
-            "Adversarial image",
+            "Adversarial",
             _answer(demo, attacked.answer, attacked.is_fooled),
             f"adversarial image, taken for {found}",
         ),
@@ -153,7 +158,7 @@ def _transfers(demo: Demo, outcome: Outcome, name: str) -> str:
 
 
 def _figure(pixels: Tensor, title: str, caption: str, alt: str) -> str:
-    pixelated = ' class="al-small"' if max(pixels.shape[-2:]) <= 64 else ""
+    pixelated = ' class="al-small"' if is_small(pixels.shape[-2:]) else ""
     return (
         f'<figure><div class="al-title">{title}</div><img{pixelated} src="{_data_uri(pixels)}" alt="{escape(alt)}">'
         f"<figcaption>{caption}</figcaption></figure>"
@@ -161,7 +166,7 @@ def _figure(pixels: Tensor, title: str, caption: str, alt: str) -> str:
 
 
 def _answer(demo: Demo, answer: Answer, fooled: bool | None) -> str:
-    sign = "" if fooled is None else _sign(fooled) + " "
+    sign = "" if fooled is None else _sign(fooled) + "&nbsp;"
     kind = "" if fooled is None else (" al-fooled" if fooled else " al-stands")
     return (
         f'<span class="al-answer{kind}">{sign}<b>{escape(demo.class_name(answer.label))}</b> '
@@ -188,7 +193,9 @@ def _published(classifier: Classifier) -> str:
 
 
 def _threat(threat_model: ThreatModel) -> str:
-    return f"{threat_model.norm_name} perturbations up to ε = {escape(radius_text(threat_model.eps))}"
+    return (
+        f"{threat_model.norm_name} perturbations up to ε = {escape(radius_text(threat_model.norm, threat_model.eps))}"
+    )
 
 
 def _data_uri(pixels: Tensor) -> str:

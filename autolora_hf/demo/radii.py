@@ -66,8 +66,8 @@ class Scale:
         return sorted({*(self.radius(number) for number in range(0, self.count + 1, _PARTS // 2)), eps})
 
 
-def radius_text(eps: float) -> str:
-    """A radius in [0, 1] pixels and in those of 8-bit images, such as "0.1 = 25.5/255"."""
-    if eps == 0:
-        return "0"
+def radius_text(norm: Norm, eps: float) -> str:
+    """A radius in [0, 1] pixels and in those of 8-bit images, such as "0.1 = 25.5/255"; in L1 nobody writes it so."""
+    if eps == 0 or norm == "l1":
+        return f"{eps:.4g}"
     return f"{eps:.4g} = {255 * eps:.4g}/255"

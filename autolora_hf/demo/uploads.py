@@ -66,9 +66,10 @@ def read_upload(path: str | Path, preprocessing: Preprocessing) -> Upload:
     return Upload(pixels, notes)
 
 
-def read_example(image: Image.Image, preprocessing: Preprocessing) -> Upload:
-    """An image of our own."""
-    return Upload(PixelTransform(preprocessing)(image), [])
+def read_example(image: Image.Image, preprocessing: Preprocessing, name: str | None = None) -> Upload:
+    """An image that the page offers; `name` is that of its class, if it is known."""
+    notes = [] if name is None else [f"This example is labelled {name}."]
+    return Upload(PixelTransform(preprocessing)(image), notes)
 
 
 def _checked_header(data: bytes) -> list[str]:
