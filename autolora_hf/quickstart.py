@@ -43,6 +43,8 @@ from .training.publishing import CURVES
 TEST_SIZE = 1000
 EXAMPLES = "adversarial_examples.png"
 REPORT = "report.html"
+# Folder, in that of the model, of the same backbone after natural fine-tuning.
+NATURAL_MODEL = "natural_fine_tuning"
 # Row titles of the reports and the files that those of other models are saved in.
 OWN, NATURAL, UNTRAINED = "AutoLoRa (this model)", "natural fine-tuning", "before training, new head"
 PGD_SUFFIX = ", all test digits, PGD-20"
@@ -92,8 +94,8 @@ def run_quickstart(output_dir: str | os.PathLike, settings: QuickstartSettings |
     """Trains, measures, saves and draws; returns the reports by row title and the seconds each part took.
 
     Writes into `output_dir`: the model, its card, two pictures, the reports, and a page about that of AutoAttack. The
-    same backbone is first fine-tuned naturally for the same number of epochs on the same images, and measured on the
-    same test images.
+    same backbone is first fine-tuned naturally for the same number of epochs on the same images, measured on the same
+    test images, and saved in the folder [`NATURAL_MODEL`] therein.
     """
     settings = settings or QuickstartSettings()
     output_dir = Path(output_dir)
@@ -110,7 +112,7 @@ def run_quickstart(output_dir: str | os.PathLike, settings: QuickstartSettings |
         ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (threads,)) as second,
         tempfile.TemporaryDirectory() as folder,
     ):
-        baseline = second.submit(_measure_baselines, settings)
+        baseline = second.submit(_measure_baselines, settings, Path(folder) / NATURAL_MODEL)
         started = time.time()
         robust = train_on_digits("autolora", settings, Path(folder) / "run")
         robust.model.eval()
@@ -125,6 +127,7 @@ def run_quickstart(output_dir: str | os.PathLike, settings: QuickstartSettings |
         all_digits = robust.evaluate_robustness(test, _pgd(settings), seed=settings.seed, diagnostics=False)
         own = RobustnessReport.merged([own, half.result()])
         seconds["AutoAttack"] = time.time() - started
+        natural = load_autolora_model(Path(folder) / NATURAL_MODEL)
     # The trainer remembered the half that this process attacked.
     robust.model.results = []
     for report in (own, all_digits):
@@ -133,6 +136,7 @@ def run_quickstart(output_dir: str | os.PathLike, settings: QuickstartSettings |
     reports = {OWN: own, NATURAL: comparisons[NATURAL], OWN + PGD_SUFFIX: all_digits, **comparisons}
 
     started = time.time()
+    natural.save_pretrained(output_dir / NATURAL_MODEL)
     robust.model.save_pretrained(output_dir)
     for name, report in comparisons.items():
         report.save(output_dir / FILES[name])
@@ -213,8 +217,11 @@ def _pgd(settings: QuickstartSettings) -> PGD:
     return PGD(ThreatModel("linf", settings.eps), steps=20)
 
 
-def _measure_baselines(settings: QuickstartSettings) -> tuple[dict[str, RobustnessReport], float]:
-    """The backbone with a new head, before and after natural fine-tuning; runs in the second process."""
+def _measure_baselines(settings: QuickstartSettings, saved: Path) -> tuple[dict[str, RobustnessReport], float]:
+    """The backbone with a new head, before and after natural fine-tuning; runs in the second process.
+
+    The fine-tuned one goes into the folder `saved`.
+    """
     started = time.time()
     test, options = load_digits()["test"], {"seed": settings.seed, "progress": False, "diagnostics": False}
     indices = stratified_subset(test["label"], settings.test_images, settings.seed)
@@ -226,6 +233,7 @@ def _measure_baselines(settings: QuickstartSettings) -> tuple[dict[str, Robustne
         NATURAL: trainer.evaluate_robustness(test, sample_indices=indices, **options),
         NATURAL + PGD_SUFFIX: trainer.evaluate_robustness(test, _pgd(settings), **options),
     }
+    trainer.model.save_pretrained(saved)
     return reports, time.time() - started
 
 

@@ -25,6 +25,7 @@ COMMANDS = {
     "train": "robust fine-tuning of any supported checkpoint on your own images",
     "evaluate": "natural and robust accuracy of a saved model",
     "release": "a measured release of a model, or of a small adapter extracted from it, with its card",
+    "demo": "a page in which visitors attack a saved model, on this machine or as a Space of the Hub",
     "push": "publish a release on the Hugging Face Hub",
     "verify": "measure again what the card of a published model claims",
     "convert": "a timm checkpoint of a robust checkpoint of the field (ACL, DynACL, MadryLab, RobustBench, ...)",

@@ -80,9 +80,7 @@ def adversarial_examples_figure(
         )
     clean_answers, adversarial_answers = _answers(model, pixels), _answers(model, adversarial)
     pixels, adversarial = pixels.detach().cpu().float(), adversarial.detach().cpu().float()
-    change = adversarial - pixels
-    factor = _amplification(change.abs().max().item())
-    amplified = (0.5 + factor * change).clamp(0, 1)
+    amplified, factor = amplified_change(adversarial - pixels)
     columns = (
         ("clean", pixels, clean_answers),
         (f"perturbation \N{MULTIPLICATION SIGN} {factor}\n(grey: no change)", amplified, None),
@@ -195,11 +193,13 @@ def _answers(model: nn.Module, pixels: Tensor) -> tuple[list[int], list[float]]:
     return predicted.tolist(), confidence.tolist()
 
 
-def _amplification(largest: float) -> int:
-    """The roundest factor that makes a change of `largest` clearly visible without cutting it off."""
-    if largest == 0:
-        return 1
-    return next((factor for factor in (100, 50, 30, 20, 15, 10, 8, 5, 4, 3, 2) if factor * largest <= 0.5 + 1e-6), 1)
+def amplified_change(change: Tensor) -> tuple[Tensor, int]:
+    """A picture of a change of pixels, on grey, and the factor by which it is amplified: the roundest one that makes
+    the change clearly visible without cutting it off."""
+    largest = change.abs().max().item()
+    factors = (100, 50, 30, 20, 15, 10, 8, 5, 4, 3, 2) if largest > 0 else ()
+    factor = next((factor for factor in factors if factor * largest <= 0.5 + 1e-6), 1)
+    return (0.5 + factor * change).clamp(0, 1), factor
 
 
 def _series(log_history: Sequence[dict[str, Any]], key: str, skip_zero: bool = False) -> list[tuple[float, float]]:
