@@ -311,7 +311,7 @@ def document(results: dict[str, dict[str, Any]]) -> str:
     parts = [
         "# Which architectures work",
         f"Measured {datetime.date.today()} with {found}, Python {platform.python_version()}, on the CPU, by",
-        "    python scripts/architecture_coverage.py",
+        "<!-- not run: takes about an hour -->\n```bash\npython scripts/architecture_coverage.py\n```",
         f"({len(rows)} rows, {seconds / 60:.0f} core-minutes). One row is the cheapest instance of a family with "
         f"random weights and {NUM_CLASSES} classes; the rows are in `scripts/coverage_rows.json`, the checks in "
         "`scripts/architecture_checks.py`.",
