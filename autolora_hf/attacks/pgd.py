@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -209,23 +209,24 @@ class PGD:
             adversarial = (pixels + noise).clamp_(0, 1)
         else:
             adversarial = pixels
-        ball = Ball(pixels, self.threat_model)
+        ball, step_size = Ball(pixels, self.threat_model), cast(float, self.step_size)  # since `__post_init__`
         for _ in range(self.steps):
             adversarial = adversarial.detach().requires_grad_(True)
             found = self._losses(logits_of(model(adversarial)), labels, reference)
             (gradient,) = torch.autograd.grad(found.sum(), adversarial)
             if losses is not None:
                 losses.append(found.detach())
-            adversarial = ball.ascend(adversarial.detach(), gradient, self.step_size)
+            adversarial = ball.ascend(adversarial.detach(), gradient, step_size)
         return adversarial
 
     def _losses(self, logits: Tensor, labels: Tensor, reference: Tensor | None) -> Tensor:
+        """Of every image, N; `reference` is there for the losses that look at it."""
         if self.loss == "kl":
-            return F.kl_div(F.log_softmax(logits, dim=-1), reference, reduction="none").sum(-1)
+            return F.kl_div(F.log_softmax(logits, dim=-1), cast(Tensor, reference), reduction="none").sum(-1)
         if self.loss == "l2":
-            return (logits - reference).square().sum(-1)
+            return (logits - cast(Tensor, reference)).square().sum(-1)
         if self.loss == "cosine":
-            return 1 - F.cosine_similarity(logits, reference, dim=-1)
+            return 1 - F.cosine_similarity(logits, cast(Tensor, reference), dim=-1)
         losses = F.cross_entropy(logits, labels, reduction="none")
         return -losses if self.loss == "targeted" else losses
 

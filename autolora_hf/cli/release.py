@@ -7,7 +7,7 @@ import logging
 import shlex
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..data import PixelDataset, as_pixel_dataset, check_class_names, check_unseen, stratified_subset, without_absent
 from ..evaluation import evaluate_robustness
@@ -103,7 +103,7 @@ def run(argv: list[str]) -> CommandResult:
         model = extraction.model
     if args.repair_epochs:
         # The data as they are: the trainer augments them.
-        test = _repair(model, train.source, test, args, columns)
+        test = _repair(model, cast(PixelDataset, train).source, test, args, columns)
     if test is not None:
         samples = {"max_samples": min(args.samples, len(test)), "batch_size": args.batch_size, "seed": args.seed}
         report = evaluate_robustness(model, test, **samples)
@@ -168,9 +168,9 @@ def _split(model: AutoLoraModel, train: PixelDataset, seed: int) -> tuple[PixelD
     plan = model.training_plan or {}
     total = [plan.get(key) for key in ("training_images", "validation_images")]
     fraction, used = plan.get("validation_fraction"), plan.get("seed")
-    known = all(isinstance(number, int) for number in [*total, used]) and isinstance(fraction, float)
+    known = all(isinstance(number, int) for number in total)
     train = without_absent(train)
-    if known and 0 < fraction < 1:
+    if known and isinstance(used, int) and isinstance(fraction, float) and 0 < fraction < 1:
         kept, held_out = hold_out(train, fraction, used)
         if [len(kept), len(held_out)] == total:
             return kept, held_out
@@ -187,7 +187,7 @@ def _subset(data: PixelDataset, size: int, seed: int) -> PixelDataset:
 
 def _repair(model: AutoLoraModel, train: Any, test: Any, args: argparse.Namespace, columns: dict[str, Any]) -> Any:
     """Trains the adapter on; returns the test data, checked to be none of the training data."""
-    plan = model.training_plan
+    plan = model.training_plan or {}
     with tempfile.TemporaryDirectory() as folder:
         arguments = AutoLoraTrainingArguments(
             output_dir=folder,

@@ -6,11 +6,12 @@ import argparse
 import shlex
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any, cast
 
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from ..config import AutoLoraConfig, PixelRadius, radius_argument
-from ..data import as_pixel_dataset, as_pixel_stream, is_stream
+from ..data import PixelDataset, PixelStream, as_pixel_dataset, as_pixel_stream, is_stream
 from ..factory import get_autolora_model
 from ..hub.model_card import CARD
 from ..layers import BRANCHES
@@ -126,7 +127,7 @@ class TrainParser(CommandParser, HfArgumentParser):
 def build_parser(show_all: bool = False) -> TrainParser:
     """Parser of the model, data and training options; `show_all`: help for the rarely needed ones too."""
     parser = TrainParser(
-        (ModelArguments, DataArguments, AutoLoraTrainingArguments),
+        cast(Any, (ModelArguments, DataArguments, AutoLoraTrainingArguments)),
         prog="autolora train",
         usage="autolora train --model MODEL --train-data DATA [options]",
         description=(
@@ -170,7 +171,10 @@ def run(argv: list[str]) -> CommandResult:
     # Opened once: the number of classes does not depend on the preprocessing, which is only known with the model.
     labelled = OBJECTIVES[args.objective].classifies
     if is_stream(train):
-        train = opened = as_pixel_stream(train, Preprocessing(), name="train_dataset", labelled=labelled, **columns)
+        opened: PixelDataset | PixelStream = as_pixel_stream(
+            train, Preprocessing(), name="train_dataset", labelled=labelled, **columns
+        )
+        train = opened
     else:
         opened = as_pixel_dataset(train, Preprocessing(), name="training data", labelled=labelled, **columns)
         train = opened.source
@@ -259,7 +263,7 @@ def _checkpoint(words: str | None) -> str | bool | None:
     return {"true": True, "false": None}.get(words.lower(), words) if words is not None else None
 
 
-def _image_size(numbers: list[int] | None) -> int | list[int] | None:
+def _image_size(numbers: list[int] | None) -> Any:
     return numbers[0] if numbers is not None and len(numbers) == 1 else numbers
 
 

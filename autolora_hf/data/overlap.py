@@ -158,7 +158,7 @@ def _same_files(first: StoredImages, second: StoredImages) -> dict[int, int]:
     rows = [np.flatnonzero(np.isin(stored.sizes, sizes)) for stored in (first, second)]
     for whole in (False, True):
         keys = [file_digests(stored, chosen, whole) for stored, chosen in zip((first, second), rows, strict=True)]
-        common = np.intersect1d(*keys)
+        common = np.intersect1d(keys[0], keys[1])
         rows = [chosen[np.isin(found, common)] for chosen, found in zip(rows, keys, strict=True)]
         keys = [found[np.isin(found, common)] for found in keys]
     return _pairs(rows[0], keys[0], rows[1], keys[1])

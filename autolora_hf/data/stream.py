@@ -364,7 +364,12 @@ def as_pixel_stream(
         ValueError: For an `IterableDatasetDict`, streams that are empty, never end, can be read once or were split by
             node, and missing or ambiguous columns.
     """
-    options = {"seed": seed, "shuffle": shuffle, "buffer_size": buffer_size, "num_workers": num_workers}
+    options: dict[str, Any] = {
+        "seed": seed,
+        "shuffle": shuffle,
+        "buffer_size": buffer_size,
+        "num_workers": num_workers,
+    }
     options["broken_images"] = broken_images
     if isinstance(source, PixelStream):
         return source.reopen(preprocessing, augmentation, name, **options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +102,7 @@ def adversarial_examples_figure(
             axis.set_xticks([])
             axis.set_yticks([])
             if column == 0:
-                axis.set_ylabel(f"true: {named(labels[row].item())}", fontsize=9)
+                axis.set_ylabel(f"true: {named(int(labels[row]))}", fontsize=9)
             if answers is not None:
                 predicted, confidence = answers[0][row], answers[1][row]
                 correct = predicted == labels[row].item()
@@ -134,7 +134,7 @@ def training_curves_figure(
     ratios = [1.5, 1.2, 1] + [1] * has_cosines
     figure = new_figure(7.2, 8 * sum(ratios) / 3.7)
     accuracies, scalars, rates, *cosines = panels = figure.subplots(len(ratios), 1, sharex=True, height_ratios=ratios)
-    figure.get_layout_engine().set(hspace=0.04)
+    cast(Any, figure.get_layout_engine()).set(hspace=0.04)
 
     _plot(accuracies, log_history, _ACCURACIES)
     if accuracies.lines or not _series(log_history, "eval_clean_loss"):

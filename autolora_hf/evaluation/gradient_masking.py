@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..attacks import PGD, attack_mode
 from ..attacks.pgd import hits
-from ..config import ThreatModel
+from ..config import Norm, ThreatModel
 from .autoattack import autoattack_components, isolated_random_state, load_library
 from .comparison import holm
 from .findings import Finding
@@ -178,9 +178,9 @@ def restarts(subject: Subject) -> Finding:
 def black_box(subject: Subject) -> Finding:
     """Whether Square, which needs no gradients, breaks images that withstood everything with gradients."""
     name = "black box"
-    size = tuple(subject.pixels.shape[-2:])
+    height, width = subject.pixels.shape[-2:]
     try:
-        _, left_out = autoattack_components(subject.threat_model, subject.num_classes, size, subject.seed)
+        _, left_out = autoattack_components(subject.threat_model, subject.num_classes, (height, width), subject.seed)
     except ImportError:
         return Finding(name, "not run", "Square needs the package pyautoattack: `pip install pyautoattack`.")
     if "Square" in left_out:
@@ -308,7 +308,7 @@ def _none_run(reason: str) -> list[Finding]:
     return [Finding(name, "not run", reason) for name in CHECKS]
 
 
-def _erasing_radius(norm: str, size: int) -> float:
+def _erasing_radius(norm: Norm, size: int) -> float:
     """A radius from which every image of `size` values can be turned into plain grey, or the largest there is."""
     radius = {"linf": 0.5, "l2": math.sqrt(size) / 2}.get(norm, size / 2)
     while True:

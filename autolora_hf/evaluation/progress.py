@@ -31,7 +31,8 @@ class StageBar:
         self, name: str, sizes: list[int], passes: int | None, correct: Tensor | None, is_shown: bool, leave: bool
     ) -> None:
         self.sizes, self.passes, self.correct = sizes, passes, correct
-        self._finished, self._passes, self._shown = set(), 0, time.monotonic()
+        self._finished: set[Any] = set()
+        self._passes, self._shown = 0, time.monotonic()
         form = "{l_bar}{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
         self._bar = tqdm(total=sum(sizes), desc=name, unit="image", disable=not is_shown, bar_format=form, leave=leave)
 

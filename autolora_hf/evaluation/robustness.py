@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -145,7 +145,8 @@ def evaluate_robustness(
             check_transfers(requested, model, first, num_classes)
             if corrupted_by:
                 check_corruptible(first)
-            attacks, left_out = resolve_attacks(requested, threat_model, num_classes, tuple(first.shape[-2:]), seed)
+            height, width = first.shape[-2:]
+            attacks, left_out = resolve_attacks(requested, threat_model, num_classes, (height, width), seed)
             settings = [attack_settings(entry, threat_model, seed) for entry in requested]
             evaluation: dict[str, Any] = {}
             if processes.size > 1 or checkpoint_dir is not None:
@@ -254,7 +255,7 @@ class _Subject:
     ) -> list[AttackResult]:
         """Runs the attacks one after the other; `answers` become those under all of them."""
         if FIRST_PASS in requested:
-            quick = AttackView(FrozenRoute(self.model, self.route, dtype=torch.bfloat16)).eval()
+            quick = AttackView(FrozenRoute(cast(AutoLoraModel, self.model), self.route, dtype=torch.bfloat16)).eval()
             attacks = [FirstPass(PGD(threat_model, seed=seed), quick), *attacks[1:]]
         return [stages.attack(attack_name(entry), entry, threat_model, answers) for entry in attacks]
 
@@ -348,7 +349,7 @@ def _diagnose(stages: Stages, correct: Tensor, threat_model: ThreatModel, num_cl
     pixels, labels = samples.read(chosen, view.device)
     if not len(rows):
         pixels, labels = pixels[:0], labels[:0]
-    options = {"seed": stages.seed, "max_images": most, "progress": stages.progress}
+    options: dict[str, Any] = {"seed": stages.seed, "max_images": most, "progress": stages.progress}
     return gradient_masking_findings(view, stages.target, pixels, labels, threat_model, num_classes, **options)
 
 

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -106,6 +107,10 @@ class Stages:
     devices: dict[str, None] = field(default_factory=dict)
     earlier_seconds: float = 0.0
 
+    @property
+    def _folder(self) -> Path | None:
+        return None if self.checkpoint is None else self.checkpoint.folder
+
     def clean(self) -> Answers:
         """What the model says of the clean images.
 
@@ -127,7 +132,7 @@ class Stages:
             changed = [str(image) for image, here, there in rows if here != there]
             if changed:
                 raise ValueError(
-                    f"{self.checkpoint.folder} holds the verdicts of an evaluation of other images: the ones at "
+                    f"{self._folder} holds the verdicts of an evaluation of other images: the ones at "
                     f"{listed(changed)} of the data set have changed. Use another folder."
                 )
             return earlier, sum(here != there for here, there in zip(found.correct, earlier.correct, strict=True))
@@ -144,7 +149,7 @@ class Stages:
                 "rounding, the model is another one: start in another folder.",
                 deviating,
                 len(answers.correct),
-                self.checkpoint.folder,
+                self._folder,
             )
         return answers
 
@@ -204,9 +209,7 @@ class Stages:
         number = self._next()
         known = self._known(number, name, batches)
         if known and self.processes.is_main:
-            logger.info(
-                "%s: %d of %d batches are known from %s.", name, len(known), len(batches), self.checkpoint.folder
-            )
+            logger.info("%s: %d of %d batches are known from %s.", name, len(known), len(batches), self._folder)
         for index, verdicts in known.items():
             self._note(verdicts)
             answers.accept(verdicts, batches[index], only_wrong)

@@ -159,7 +159,7 @@ def _traced(network: nn.Module, kind: str, image_size: tuple[int, int], opset: i
     try:
         with torch.no_grad(), _quiet():
             network(example)  # fills what layers cache, which is constant from here on
-            program = torch.onnx.export(
+            program: Any = torch.onnx.export(
                 network,
                 (example,),
                 input_names=["pixels"],

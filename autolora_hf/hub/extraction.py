@@ -334,7 +334,9 @@ def _build(change: WeightChange, ranks: dict[str, int]) -> AutoLoraModel:
             label_names=source.label_names,
             threat_model=source.threat_model,
         )
-    origin = {key: source.backbone[key] for key in ("image_size", "resampled") if key in source.backbone}
+    origin: dict[str, Any] = {
+        key: source.backbone[key] for key in ("image_size", "resampled") if key in source.backbone
+    }
     if change.name == source.backbone["name_or_path"]:
         origin["revision"] = source.backbone["revision"]
     model.backbone.update(origin, name_or_path=change.name)

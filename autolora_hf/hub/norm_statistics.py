@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ def set_statistics(model: AutoLoraModel, pixels: Tensor, batch_size: int = 125) 
         # Equal parts, since each counts the same.
         for count, batch in enumerate(pixels.chunk(math.ceil(len(pixels) / batch_size)), start=1):
             for norm in norms:
-                norm.momentum = 1 / count
+                cast(Any, norm).momentum = 1 / count
             view(batch)
     finally:
         for module, training in modes:

@@ -188,7 +188,12 @@ def verify_release(
     for name, value, least in (("max_samples", max_samples, 1), ("subset_seed", subset_seed, 0)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
-    hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    hub: dict[str, Any] = {
+        "revision": revision,
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+    }
     directory, record = saving.fetch(name_or_path, **hub)
     commit = commit_of(directory)
     # Whatever is read from here on is of the commit whose record was read.

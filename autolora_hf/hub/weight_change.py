@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -177,7 +178,9 @@ class WeightChange:
             if rank is not None:
                 choices[stock_only] = {name: min(rank, len(layer.sigma)) for name, layer in layers.items()}
             else:
-                choices[stock_only] = greedy_ranks(layers, math.floor(size * self.full_values + 1e-6) - self.fixed)
+                choices[stock_only] = greedy_ranks(
+                    layers, math.floor(cast(float, size) * self.full_values + 1e-6) - self.fixed
+                )
         gains = {key: sum(self.explained(ranks).values()) for key, ranks in choices.items()}
         if not any(choices.values()):
             smallest = self.smallest_size(stock_peft)

@@ -130,7 +130,7 @@ class RiFT(Finisher):
                     break
                 with torch.no_grad():
                     for parameter, gradient in zip(parameters.values(), gradients, strict=True):
-                        parameter += gradient * (self.radius * size / self.steps * 2 / length)
+                        parameter.add_(gradient * (self.radius * size / self.steps * 2 / length))
                     _project(parameters, before, self.radius * size)
                 highest = max(highest, self._loss(model, batches))
             _set_between(parameters, before, before, 0.0)

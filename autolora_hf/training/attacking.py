@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,7 +78,7 @@ class RouteAttacker:
         start = random_starts(pixels, threat_model, *key, first=first)
         # Another attack may do more in its call than to search.
         search = partial(attack.search, losses=losses) if type(attack) is PGD else attack
-        options = {} if reference is None else {"reference": reference}
+        options: dict[str, Any] = {} if reference is None else {"reference": reference}
         adversarial = search(self.frozen.refresh(), pixels, labels, start=start, **options)
         # The update needs the most memory, and no copy.
         self.frozen.release()

@@ -258,7 +258,9 @@ def findings(
 def _collapse(history: Sequence[dict[str, Any]]) -> list[Finding]:
     """Of towers: the first epoch in which most of what tells images apart is gone, if there is one."""
     start = next((entry[SIMILARITY] for entry in history if SIMILARITY in entry), None)
-    for entry in history if start is not None else ():
+    if start is None:
+        return []
+    for entry in history:
         now = entry.get(f"eval_{SIMILARITY}")
         if now is not None and 1 - now < COLLAPSED * (1 - start):
             return [Finding("collapse", entry["epoch"], MESSAGES["collapse"].format(similarity=now, start=start))]
@@ -282,7 +284,7 @@ class DiagnosisCallback(TrainerCallback):
     def __init__(self, trainer: AutoLoraTrainer, plan_file: Path) -> None:
         self.trainer = trainer
         self.plan_file = plan_file
-        self._validation: Validation | None = None
+        self._validation: Validation
         self._said = 0
 
     def on_train_begin(

@@ -75,7 +75,7 @@ class StepGuard(TrainerCallback):
             noted (`dict[str, Tensor]`, *optional*): Further scalars for the log, which need not be finite.
         """
         findings = {name: value.isfinite() for name, value in terms.items()} | {"loss": loss.detach().isfinite()}
-        if adversarial is not None:
+        if adversarial is not None and pixels is not None:
             inside = in_ball(adversarial, pixels, self.trainer.args.threat_model)
             findings["adversarial images"] = inside
         if self._watched:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -51,7 +51,7 @@ class EpochTableCallback(ProgressCallback):
         super().on_train_begin(args, state, control, **kwargs)
         if state.is_world_process_zero:
             titles = "  ".join(f"{title:>{max(8, len(title))}}" for title, _, _ in self.columns)
-            self.training_bar.write(f"{'epoch':>7}  {titles}")
+            cast(Any, self.training_bar).write(f"{'epoch':>7}  {titles}")
 
     def on_log(
         self,

@@ -7,12 +7,13 @@ import math
 import os
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, TrainOutput
+from transformers.training_args import OptimizerNames
 
 from .. import checkpointing
 from ..config import ThreatModel
@@ -22,7 +23,7 @@ from ..files import write_atomically, write_json
 from ..modeling import AutoLoraModel
 from ..objectives import OBJECTIVES, Batch, config_for
 from ..pixels import Normalize
-from ..schedules import Curve, LossScalars, PlateauHalving, constant, cosine, default_epochs, milestones
+from ..schedules import Curve, HalvingRule, LossScalars, PlateauHalving, constant, cosine, default_epochs, milestones
 from .arguments import AutoLoraTrainingArguments
 from .attacking import RouteAttacker
 from .averaging import WeightAverage
@@ -192,7 +193,7 @@ class AutoLoraTrainer(EvaluatingTrainer):
             "batch_size": batch,
             "steps_per_epoch": steps,
             "epochs": epochs,
-            "optimizer": args.optim.value,
+            "optimizer": OptimizerNames(args.optim).value,
             "learning_rate": args.learning_rate,
             "weight_decay": args.weight_decay,
             "attack_steps": args.attack_steps,
@@ -212,7 +213,7 @@ class AutoLoraTrainer(EvaluatingTrainer):
             optimizer = optimizer or self.optimizer
             self.lr_scheduler = AutoLoraScheduler(
                 # Accelerate's wrapper is no `torch.optim.Optimizer`, which LRScheduler insists on.
-                getattr(optimizer, "optimizer", optimizer),
+                cast(torch.optim.Optimizer, getattr(optimizer, "optimizer", optimizer)),
                 self._halving() if self.plan["schedule"] == "plateau" else None,
                 self._curve(num_training_steps),
                 num_training_steps,
@@ -228,7 +229,7 @@ class AutoLoraTrainer(EvaluatingTrainer):
     def _halving(self) -> PlateauHalving:
         return PlateauHalving(
             self.plan["halving_checkpoints"],
-            rule=self.args.halving_rule,
+            rule=cast(HalvingRule, self.args.halving_rule),
             chance=1 / self.model.num_classes if self.args.greater_is_better else -math.inf,
         )
 
@@ -283,9 +284,11 @@ class AutoLoraTrainer(EvaluatingTrainer):
         precision = torch.float32 if checkpointing.is_enabled(model) else self._precision
 
         forward = TrainingForward(model, partial(self._images, model), precision, own)
-        reference, losses = self.objective.reference(pixels), []
+        reference = self.objective.reference(pixels)
+        losses: list[Tensor] = []
         adversarial = self._adversarial(pixels, labels, share.first, reference, losses)
-        batch = Batch(pixels, adversarial, labels[:own], None if reference is None else reference[:own])
+        given = None if reference is None else reference[:own]
+        batch = Batch(pixels, cast(Tensor, adversarial), labels[:own], given)  # None where the objective wants none
         output = self.objective(forward, batch, self.lr_scheduler.scalars)
         terms = {name: value * share.weight for name, value in output.terms.items()}
         ends = {ATTACK_START: losses[0], ATTACK_END: losses[-1]} if losses else {}
@@ -323,7 +326,9 @@ class AutoLoraTrainer(EvaluatingTrainer):
 
     # ---- before, between and after ----
 
-    def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None, **kwargs: Any) -> TrainOutput:
+    def train(
+        self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
         """Trains, from the start or from a checkpoint; see [`ResumableTrainer.train`].
 
         What `init` names runs first, unless there is a checkpoint of the training itself, and what `finish` names
@@ -332,7 +337,7 @@ class AutoLoraTrainer(EvaluatingTrainer):
         checkpoint = self._find_checkpoint(resume_from_checkpoint)
         if checkpoint is None:
             run_initializer(self, resume=resume_from_checkpoint is True)
-        output = super().train(checkpoint, **kwargs)
+        output = super().train(checkpoint, *args, **kwargs)
         self._average.settle()
         run_finisher(self)
         return output
@@ -351,7 +356,7 @@ class AutoLoraTrainer(EvaluatingTrainer):
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        self._average.load_auxiliary(Path(self.state.best_model_checkpoint))
+        self._average.load_auxiliary(Path(cast(str, self.state.best_model_checkpoint)))
         self._average.restart()
 
     def _save_further(self, folder: Path) -> None:
