@@ -246,7 +246,7 @@ def load_autolora_model(
     if not same_base:
         logger.warning(
             "The adapter %s was trained on other weights than this base model has (their SHA-256 differ), so its "
-            "robust accuracy does not hold here. It was trained on %s (%s).",
+            "robust accuracy does not hold here. It was trained on %s (%s): pass that as `base_model=`.",
             name_or_path,
             record.backbone["name_or_path"] or "an unnamed model",
             record.backbone["architecture"],

@@ -295,7 +295,10 @@ class Stages:
         pixels, labels = self.samples.read(batch, self.view.device)
         logits = self.view(pixels)
         if logits.isnan().any():
-            raise ValueError(f"The model returns NaN for {logits.isnan().any(1).sum()} of {len(logits)} clean images.")
+            raise ValueError(
+                f"The model returns NaN for {logits.isnan().any(1).sum()} of {len(logits)} clean images. Check that "
+                "its weights and running statistics are finite; half precision may overflow, so try float32."
+            )
         digests = [sample_digest(image, label) for image, label in zip(pixels.cpu(), labels.tolist(), strict=True)]
         return logits, labels, digests
 
@@ -344,6 +347,7 @@ def verified(adversarial: Any, pixels: Tensor, threat_model: ThreatModel, name: 
     if distance > threat_model.eps * (1 + 1e-5) + rounding:
         raise ValueError(
             f"{name} left the ball: the {threat_model.norm} distance to the clean image is up to {distance:.6g}, the "
-            f"threat model allows {threat_model.eps:.6g}."
+            f"threat model allows {threat_model.eps:.6g}. The attack needs the same norm, a radius in [0, 1] pixels, "
+            "and no normalisation of its own: the model normalises inside."
         )
     return adversarial
