@@ -69,7 +69,7 @@ def run(argv: list[str]) -> None:
         parser.error("--space cannot take --base-model along: the Space finds the backbone by its recorded name")
     write_space(demo, args.model, args.space, natural=args.natural, **source)
     print(
-        f"Wrote {args.space}/. \nLook at it first: python {args.space}/app.py\n"
+        f"Wrote {args.space}/.\nLook at it first: python {args.space}/app.py\n"
         f"Publish it:       hf repos create NAME/SPACE --type space --sdk gradio\n"
         f"                  hf upload NAME/SPACE {args.space} . --type space"
     )

@@ -101,6 +101,7 @@ def open_demo(
     steps: int = 20,
     seed: int = 0,
     device: str | torch.device | None = None,
+    title: str | None = None,
     **source: Any,
 ) -> Demo:
     """Loads the models of a page.
@@ -115,6 +116,7 @@ def open_demo(
         steps (`int`): Steps of PGD.
         seed (`int`): Of its random start.
         device (*optional*): Where the models run. `None`: on the CPU.
+        title (`str`, *optional*): What the page calls the model. `None`: the name of the folder or the repository.
         **source: Further arguments of [`load_autolora_model`].
 
     Raises:
@@ -141,8 +143,9 @@ def open_demo(
         )
         others.append(Classifier(ROUTE_NAME, note, *_copied(robust, NATURAL)))
     note = f"The deployed route, trained to withstand {robust.threat_model}."
+    name = folder.resolve().name if folder.is_dir() else str(model)
     return Demo(
-        title=folder.resolve().name if folder.is_dir() else str(model),
+        title=name if title is None else title,
         classifiers=[Classifier(ROBUST_NAME, note, *_copied(robust, ROBUST)), *others],
         preprocessing=robust.preprocessing,
         threat_model=robust.threat_model,

@@ -82,7 +82,8 @@ def radius_line(scale: Scale, eps: float) -> str:
     usual = "the radius the robust model was trained for" if scale.is_trained else "a usual radius of this norm"
     where = f" ({usual})" if eps == scale.usual else ""
     what = "no attack" if eps == 0 else _NORMS[scale.norm]
-    return f'<p class="al-radius" aria-live="polite"><b>ε = {escape(radius_text(scale.norm, eps))}</b>{where}<br>{what}</p>'
+    value = escape(radius_text(scale.norm, eps))
+    return f'<p class="al-radius" aria-live="polite"><b>ε = {value}</b>{where}<br>{what}</p>'
 
 
 def introduction(demo: Demo) -> str:

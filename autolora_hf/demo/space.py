@@ -41,7 +41,8 @@ demo = open_demo(
     examples={examples},
     steps={steps},
     seed={seed},
-    device="cuda" if torch.cuda.is_available() else "cpu",{source}
+    device="cuda" if torch.cuda.is_available() else "cpu",
+    title={title},{source}
 )
 
 if __name__ == "__main__":
@@ -104,10 +105,11 @@ def _write(
         places["natural"] = _placed(natural, folder / "natural_model", None, token)
     commit = places["model"][1]
     if demo.examples:
-        (folder / EXAMPLES).mkdir()
         for number, (name, picture) in enumerate(demo.examples):
-            stem = re.sub(r"[^\w -]+", "_", name)[:60]
-            to_rgb(picture).save(folder / EXAMPLES / f"{number:02d} {stem}.png")
+            # By class, where the class is known.
+            place = folder / EXAMPLES / (_file_name(name) if name in (demo.label_names or ()) else "")
+            place.mkdir(parents=True, exist_ok=True)
+            to_rgb(picture).save(place / f"{number:02d} {_file_name(name)}.png")
     (folder / "app.py").write_text(
         _APP.format(
             model=places["model"][0],
@@ -115,6 +117,7 @@ def _write(
             examples=f'here / "{EXAMPLES}"' if demo.examples else None,
             steps=demo.steps,
             seed=demo.seed,
+            title=repr(demo.title),
             source=f'\n    revision="{commit}",' if commit else "",
         )
     )
@@ -168,6 +171,10 @@ def _placed(
         (place / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path / file, place / file)
     return f'here / "{place.name}"', None
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^\w -]+", "_", name)[:60]
 
 
 def _distribution() -> importlib.metadata.Distribution | None:

@@ -91,6 +91,8 @@ def _checked_header(data: bytes) -> list[str]:
             raise ValueError(
                 f"it has {header.width:,} x {header.height:,} pixels, more than the {MOST_PIXELS:,} that are read"
             )
+        if header.mode == "F":
+            raise ValueError("its pixels are numbers of unknown range; save it as an 8-bit image")
         # Stereo cameras and phones keep further views in a photo, which nobody takes for an animation.
         is_animation = getattr(header, "is_animated", False) and header.format != "MPO"
         notes = ["It has several frames or pages: the first one is used."] if is_animation else []
