@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import logging
 import os
 import tempfile
 import time
@@ -40,6 +41,8 @@ from .modeling import AutoLoraModel
 from .training import AutoLoraTrainer, AutoLoraTrainingArguments
 from .training.publishing import CURVES
 
+
+logger = logging.getLogger(__name__)
 
 TEST_SIZE = 1000
 EXAMPLES = "adversarial_examples.png"
@@ -118,6 +121,8 @@ def run_quickstart(output_dir: str | os.PathLike, settings: QuickstartSettings |
         robust = train_on_digits("autolora", settings, Path(folder) / "run")
         robust.model.eval()
         seconds["AutoLoRa"] = time.time() - started
+        if not baseline.done():
+            logger.info("Waiting for the natural fine-tuning, which runs in the second process.")
         baselines, seconds["natural fine-tuning, measured, meanwhile"] = baseline.result()
 
         started = time.time()
@@ -126,6 +131,8 @@ def run_quickstart(output_dir: str | os.PathLike, settings: QuickstartSettings |
         half = second.submit(_measure_saved, Path(folder) / "model", indices[1::2], settings.seed)
         own = robust.evaluate_robustness(test, sample_indices=indices[::2], seed=settings.seed)
         all_digits = robust.evaluate_robustness(test, _pgd(settings), seed=settings.seed, diagnostics=False)
+        if not half.done():
+            logger.info("Waiting for the other half of AutoAttack, in the second process.")
         own = RobustnessReport.merged([own, half.result()])
         seconds["AutoAttack"] = time.time() - started
         natural = load_autolora_model(Path(folder) / NATURAL_MODEL)

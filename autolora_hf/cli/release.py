@@ -160,6 +160,7 @@ def _extract(model: AutoLoraModel, train: Any, validation: Any, args: argparse.N
         _subset(validation, _VALIDATION_IMAGES, args.seed),
         keep=args.keep,
         calibration=_subset(train, _CALIBRATION_IMAGES, args.seed),
+        progress=True,
     )
 
 

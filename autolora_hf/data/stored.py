@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 from torchvision.datasets import DatasetFolder
 
+from ..progress import progress_bar
 from .images import BrokenImageError, decode_file, decode_image, to_rgb
 
 
@@ -247,7 +248,7 @@ def stored_images(dataset: Any, image_column: str, read: Any) -> StoredImages:
 def file_digests(stored: StoredImages, rows: np.ndarray, whole: bool) -> np.ndarray:
     """64 bits of a hash of the image files of `rows`: of all their bytes, or of their size and last bytes."""
     found = np.zeros(len(rows), np.uint64)
-    for i, row in enumerate(rows):
+    for i, row in enumerate(progress_bar(rows, title="comparing image files", unit="image")):
         content = stored.encoded(int(row), None if whole else _TAIL)
         found[i] = digest(content, int(stored.sizes[row]))
     return found

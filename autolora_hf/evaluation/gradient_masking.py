@@ -15,11 +15,11 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..attacks import PGD, attack_mode
 from ..attacks.pgd import hits
 from ..config import Norm, ThreatModel
+from ..progress import progress_bar
 from .autoattack import autoattack_components, isolated_random_state, load_library
 from .comparison import holm
 from .findings import Finding
@@ -101,7 +101,9 @@ def gradient_masking_findings(
         answers = torch.cat([subject.clean, subject.probes])
         if bool((answers == answers[:1]).all()):
             return _none_run("The model gives every image the same logits, as one with a head of zeros does.")
-        bar = tqdm(CHECKS.items(), desc="gradient masking", unit="check", disable=not progress)
+        bar = progress_bar(
+            CHECKS.items(), title="gradient masking", unit="check", is_shown=progress, delay=0, leave=True
+        )
         found = {name: check(subject) for name, check in bar}
         if found["repeatability"].outcome == "failed":
             reason = "The logits change from pass to pass, so that two of them cannot be compared."

@@ -138,11 +138,14 @@ class Stages:
             return earlier, sum(here != there for here, there in zip(found.correct, earlier.correct, strict=True))
 
         answers, deviating = Answers.none_yet(len(self.samples)), 0
-        for index, (verdicts, deviations) in self.processes.share(classify, range(len(batches))):
-            self._note(verdicts)
-            answers.accept(verdicts, batches[index])
-            self.digests.update(zip(verdicts.sample_indices, verdicts.sample_digests, strict=True))
-            deviating += deviations
+        is_shown = self.progress and self.processes.is_main
+        with StageBar(CLEAN, [len(batch) for batch in batches], 1, None, is_shown, leave=False) as bar:
+            for index, (verdicts, deviations) in self.processes.share(classify, range(len(batches))):
+                self._note(verdicts)
+                answers.accept(verdicts, batches[index])
+                self.digests.update(zip(verdicts.sample_indices, verdicts.sample_digests, strict=True))
+                deviating += deviations
+                bar.finish([index])
         if deviating and self.processes.is_main:
             logger.warning(
                 "The model classifies %d of %d clean images otherwise than when %s was begun. If that is not "

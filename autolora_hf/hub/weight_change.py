@@ -19,6 +19,7 @@ from ..digests import backbone_digest
 from ..layers import weight_name
 from ..layout import base_tensors
 from ..modeling import AutoLoraModel
+from ..progress import progress_bar
 from ..routes import ROBUST
 from ..towers import is_recorded_tower
 
@@ -117,7 +118,7 @@ class WeightChange:
         self.whole = self._carried_whole(changed, {*self.heads, *norms}, candidates)
         self.layers: dict[str, LayerChange] = {}
         carried = {f"{n}.{key}" for n in (*self.heads, *norms, *self.whole) for key in self.modules[n].state_dict()}
-        for name in candidates:
+        for name in progress_bar(candidates, title="decomposing the weight change", unit="layer"):
             key = f"{name}.{weight_name(self.modules[name])}"
             if key in changed:
                 stock = targets.in_stock_peft(self.modules[name], uses[name])

@@ -20,6 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..data import PixelDataset, PixelStream
 from ..files import write_json
+from ..progress import hidden_progress
 from .robust_start import IMAGES, MOVABLE, embedding_similarity, feature_displacement
 from .streams import some_items
 
@@ -293,7 +294,8 @@ class DiagnosisCallback(TrainerCallback):
         trainer = self.trainer
         self._validation = Validation.of(trainer.eval_dataset.labels, trainer.model.num_classes)
         if state.global_step == 0 and trainer.objective.needs_adversarial:
-            self._measure_start()
+            with hidden_progress(args.disable_tqdm):
+                self._measure_start()
         # What a run that goes on has said before is not said again.
         self._said = 0 if state.global_step == 0 else len(self._findings())
         self.after_epoch()

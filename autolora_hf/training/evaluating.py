@@ -18,6 +18,7 @@ from ..evaluation import Accuracy
 from ..modeling import AutoLoraModel
 from ..objectives import Objective
 from ..objectives.terms import similarity
+from ..progress import progress_bar
 from ..routes import NATURAL, ROBUST
 from .attacking import RouteAttacker
 from .diagnosis import SIMILARITY, DiagnosisCallback, prediction_shares
@@ -145,7 +146,13 @@ class EvaluatingTrainer(StreamingTrainer):
         route = NATURAL if NATURAL in model.routes else ROBUST
         right, total = 0, 0
         with attack_mode(model), model.own_precision(), model.route(route):
-            for inputs in self._plain_loader:
+            bar = progress_bar(
+                self._plain_loader,
+                title="accuracy of the natural route" if route == NATURAL else "accuracy on clean images",
+                unit="batch",
+                is_shown=not self.args.disable_tqdm,
+            )
+            for inputs in bar:
                 inputs = self._prepare_inputs(inputs)
                 logits = logits_of(model(self._images(model, inputs["pixel_values"])))
                 found = self.accelerator.gather_for_metrics(hits(logits, inputs["labels"]))

@@ -23,6 +23,7 @@ from ..files import write_atomically, write_json
 from ..modeling import AutoLoraModel
 from ..objectives import OBJECTIVES, Batch, config_for
 from ..pixels import Normalize
+from ..progress import hidden_progress
 from ..schedules import Curve, HalvingRule, LossScalars, PlateauHalving, constant, cosine, default_epochs, milestones
 from .arguments import AutoLoraTrainingArguments
 from .attacking import RouteAttacker
@@ -36,6 +37,7 @@ from .distributed import (
     step_shares,
     synchronize,
 )
+from .epochs import EpochCallback
 from .evaluating import TRAINING, EvaluatingTrainer, accuracies, losses
 from .forward import TrainingForward
 from .gradient_similarity import GradientSimilarityCallback
@@ -107,7 +109,8 @@ class AutoLoraTrainer(EvaluatingTrainer):
         model.limit_training(self.objective.routes, heads_only=self.objective.heads_only)
         args.new_finisher().prepare(model)
         args.create_output_dir()
-        train, validation = self._prepare_data(model, args, train_dataset, eval_dataset)
+        with hidden_progress(args.disable_tqdm):
+            train, validation = self._prepare_data(model, args, train_dataset, eval_dataset)
         self.plan = self._make_plan(args, train, validation, eval_dataset is None) | self.objective.describe()
         model.training_plan = self.plan
         super().__init__(
@@ -123,7 +126,7 @@ class AutoLoraTrainer(EvaluatingTrainer):
         self.plan["environment"] = run_environment(self)
         self._attacker = RouteAttacker(model, args, self.accelerator.mixed_precision)
         self.plan["attack_precision"] = str(self._attacker.dtype).removeprefix("torch.")
-        self.add_callback(_AutoLoraCallback(self))
+        self.add_callback(EpochCallback(self))
         self._average = WeightAverage(model, args.average_weights, args.ema_decay)
         self.add_callback(self._average)
         self._guard = StepGuard(self)
@@ -384,35 +387,6 @@ class AutoLoraTrainer(EvaluatingTrainer):
         if self.args.should_save:
             self.model.save_pretrained(folder)
             write_atomically(folder / "training_args.json", (self.args.to_json_string() + "\n").encode())
-
-
-class _AutoLoraCallback(TrainerCallback):
-    """What happens between epochs: the first measurement of SA, and reloading the best weights."""
-
-    def __init__(self, trainer: AutoLoraTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        scheduler = self.trainer.lr_scheduler
-        if self.trainer.measures_scalars and scheduler.training_accuracy is None:
-            scheduler.training_accuracy = self.trainer.natural_training_accuracy()
-            accuracy = scheduler.training_accuracy
-            self.trainer.log({"train_natural_route_accuracy": accuracy, **self.trainer.shown_scalars()})
-        elif self.trainer.objective.uses_scalars and state.global_step == 0:
-            self.trainer.log(self.trainer.shown_scalars())
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Only now is the checkpoint of the last epoch, which may be the best one, complete.
-        scheduler = self.trainer.lr_scheduler
-        if scheduler.reload_due and state.best_model_checkpoint is not None:
-            self.trainer._load_best_model()
-        scheduler.reload_due = False
-        # Accelerate's data loaders do so too, but not where the batches are shared out or skipped.
-        self.trainer.train_dataset.set_epoch(int(state.epoch + 1e-6))
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # A checkpoint does not hold what has been summed up since the last log, so nothing is carried over.
-        control.should_log |= args.logging_strategy != IntervalStrategy.NO
 
 
 def _model_for(objective: str, model: nn.Module | str) -> AutoLoraModel:
