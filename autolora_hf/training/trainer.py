@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import ProgressCallback, TrainerCallback
-from transformers.trainer_utils import IntervalStrategy, TrainOutput
+from transformers.trainer_utils import TrainOutput
 from transformers.training_args import OptimizerNames
 
 from .. import checkpointing
