@@ -30,7 +30,7 @@ GUIDE = (
     "choose the weights (a fifth of the photographs). They show what each method costs and that it works, and where "
     "methods differ *here*; they are no ranking of methods. No system was tuned: each has its own published loss "
     "weights and shape of the learning rate, and starts at the package's 0.01 (adapters: 0.005). TWINS' own 0.003 is "
-    "too low for trainings as short as these, and linear probes have hardly converged at 0.01.",
+    "too low for trainings as short as these (section Sensitivity), and linear probes have hardly converged at 0.01.",
     "**The tables.** Natural accuracy and PGD-20 are of all test images: mean over the seeds [lowest, highest], per "
     "cent. AutoAttack (standard) is of the same test images for every system and seed; its interval is "
     "Clopper-Pearson's of the verdicts of all seeds together, which are not independent, so it is narrow rather than "
