@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+import torch
+
 from .model import add_model_arguments
 
 
@@ -42,6 +44,13 @@ def run(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if args.steps < 1:
         parser.error(f"--steps must be at least 1, got {args.steps}")
+    if args.space is not None and args.base_model is not None:
+        parser.error("--space cannot take --base-model along: a Space finds the backbone by its recorded name")
+
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
 
     # Imported late: they take seconds, and Gradio may be missing, which is said before the models are loaded.
     from ..demo.launch import import_gradio, launch
@@ -65,8 +74,6 @@ def run(argv: list[str]) -> None:
     if args.space is None:
         launch(demo, host=args.host, port=args.port, share=args.share)
         return
-    if args.base_model is not None:
-        parser.error("--space cannot take --base-model along: the Space finds the backbone by its recorded name")
     write_space(demo, args.model, args.space, natural=args.natural, **source)
     print(
         f"Wrote {args.space}/.\nLook at it first: python {args.space}/app.py\n"

@@ -60,7 +60,7 @@ class Demo:
         title (`str`): Name of the model.
         classifiers (`list[Classifier]`): The robust one first, then those that it can be compared with.
         preprocessing (`Preprocessing`): What all of them expect of an image.
-        threat_model (`ThreatModel`): What the robust one was trained to withstand.
+        threat_model (`ThreatModel`): That of the training of the robust one.
         label_names (`list[str]`, *optional*): Class names in class order.
         examples (`list[tuple[str, Image.Image]]`): Images to choose from, with what they are called.
         steps (`int`): Steps of PGD.
@@ -142,7 +142,7 @@ def open_demo(
             "It helps training and is never deployed."
         )
         others.append(Classifier(ROUTE_NAME, note, *_copied(robust, NATURAL)))
-    note = f"The deployed route, trained to withstand {robust.threat_model}."
+    note = f"The deployed route; the threat model of its training was {robust.threat_model}."
     name = folder.resolve().name if folder.is_dir() else str(model)
     return Demo(
         title=name if title is None else title,

@@ -79,7 +79,7 @@ def invitation() -> str:
 
 def radius_line(scale: Scale, eps: float) -> str:
     """The chosen radius in words."""
-    usual = "the radius the robust model was trained for" if scale.is_trained else "a usual radius of this norm"
+    usual = "the radius that the robust model was made for" if scale.is_trained else "a usual radius of this norm"
     where = f" ({usual})" if eps == scale.usual else ""
     what = "no attack" if eps == 0 else _NORMS[scale.norm]
     value = escape(radius_text(scale.norm, eps))
@@ -98,8 +98,8 @@ def introduction(demo: Demo) -> str:
 def about(demo: Demo) -> str:
     """What the page shows and what it does not."""
     parts = [
-        f"<li><b>Threat model.</b> The robust model was trained to withstand {_threat(demo.threat_model)}. Other "
-        "norms and larger radii can be chosen, but were not trained for.</li>",
+        f"<li><b>Threat model.</b> The robust model was made for {_threat(demo.threat_model)}. Other norms and "
+        "larger radii can be chosen, but were not trained for.</li>",
         f"<li><b>Attack.</b> PGD with {demo.steps} steps of a quarter of ε from a random start (seed {demo.seed}), on "
         "each model on its own and with full knowledge of it. It tries to change the answer that the model gives to "
         "the clean image, be it right or wrong. Then each image is also shown to the other model.</li>",

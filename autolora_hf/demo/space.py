@@ -14,7 +14,6 @@ from pathlib import Path
 from huggingface_hub import SpaceCard, SpaceCardData
 
 from ..backbones import SHIPPED
-from ..config import ThreatModel
 from ..data import to_rgb
 from ..download import commit_of
 from ..quickstart import NATURAL_MODEL
@@ -138,7 +137,7 @@ def _write(
         models=hub or None,
         tags=["adversarial-robustness", "autolora"],
     )
-    content = f"---\n{card}\n---\n\n{_readme(demo.threat_model, demo)}"
+    content = f"---\n{card}\n---\n\n{_readme(demo)}"
     SpaceCard(content)
     (folder / "README.md").write_text(content)
 
@@ -207,11 +206,11 @@ def _requirements() -> list[str]:
     return [f"autolora-hf=={found.version}", *lines] if found is not None and _is_from_index() else lines
 
 
-def _readme(threat_model: ThreatModel, demo: Demo) -> str:
+def _readme(demo: Demo) -> str:
     return (
         f"# Attack {demo.title}\n\n"
-        f"A page to attack an image classifier that was trained to withstand {threat_model}, and to see its answers. "
-        "It shows single attacks (PGD) and is no measurement of robust accuracy.\n\n"
+        f"A page to attack an image classifier that was made for the threat model {demo.threat_model}, and to see "
+        "its answers. It shows single attacks (PGD) and is no measurement of robust accuracy.\n\n"
         "Made with `autolora demo --space`. `python app.py` runs it anywhere, after "
         "`pip install -r requirements.txt`.\n"
     )
