@@ -1,7 +1,8 @@
 """`autolora --print-completion`: a script that completes commands, options, choices, files and folders in a shell.
 
 Made from the parsers of the commands, so it has every option that they have with the installed versions. That takes as
-long as importing torch, and is done once: the script needs neither this package nor Python.
+long as importing torch, and is done once: the script, which shtab writes, needs neither this package nor Python. What
+asks the program anew at every key, as argcomplete does, would import torch each time.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ class CommandParser(argparse.ArgumentParser):
         self.add_argument(
             "--json",
             action="store_true",
+            default=argparse.SUPPRESS,
             help="print the result as one JSON document on standard output, and all else on standard error",
         )
 

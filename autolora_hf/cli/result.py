@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
-from io import UnsupportedOperation
 from typing import TYPE_CHECKING, Any
 
 
@@ -92,17 +91,16 @@ def standard_output_aside() -> Iterator[None]:
     """Sends to standard error what anything writes to standard output meanwhile: Python, C code, child processes."""
     sys.stdout.flush()
     try:
-        descriptor = sys.stdout.fileno()
-        kept = os.dup(descriptor)
-        os.dup2(sys.stderr.fileno(), descriptor)
-    except (UnsupportedOperation, OSError):  # it is no file, as in a notebook
+        kept = os.dup(1)
+        os.dup2(2, 1)
+    except OSError:  # one of them is closed
         kept = None
     try:
         with redirect_stdout(sys.stderr):
             yield
     finally:
         if kept is not None:
-            os.dup2(kept, descriptor)
+            os.dup2(kept, 1)
             os.close(kept)
 
 
