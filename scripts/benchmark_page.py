@@ -76,7 +76,7 @@ def render(content: dict[str, Any], sensitivity: list[Row]) -> str:
 
 
 def task_section(name: str, task: Task, rows: list[Row], backbone: dict[str, Any] | None) -> Iterator[str]:
-    measured = [row for row in rows if "refused" not in row]
+    measured = [row for row in rows if "verdicts" in row]
     yield f"## {task.title}"
     yield wrap(_setting(name, task, rows, backbone))
     if name == "digits":
@@ -125,8 +125,11 @@ def table(names: Iterable[str], rows: list[Row]) -> Iterator[str]:
     for name in names:
         found = [row for row in rows if row["system"] == name]
         refused = [row["refused"] for row in found if "refused" in row]
-        if not found or refused:
+        stopped = [row["seed"] for row in found if "stopped" in row]
+        if not found or refused or stopped:
             reason = f"refused: {refused[0].split('. ')[0].rstrip('.')}" if refused else "not measured"
+            if stopped:
+                reason = f"diverged with seed {', '.join(map(str, stopped))}"
             yield f"| {name} | {reason} | | | | | | |"
             continue
         robust = Accuracy.from_counts(*(sum(row["autoattack"][index] for row in found) for index in (0, 1)))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from benchmark_run import unpacked
+from benchmark_run import packed, unpacked
 from benchmark_systems import System, adapter
 from matplotlib.figure import Figure
 from results_text import FEWEST_SEEDS, points, probability, wrap
@@ -68,7 +68,9 @@ class Setting:
 
     def __init__(self, name: str, rate: float, rows: list[Row]) -> None:
         self.name, self.rate, self.rows = name, rate, rows
-        self.validation = statistics.fmean(row["validation"] for row in rows)
+        # A training that diverged leaves no model: nobody picks it, and no image withstands.
+        self.diverged = sum("stopped" in row for row in rows)
+        self.validation = -1.0 if self.diverged else statistics.fmean(row["validation"] for row in rows)
 
     def verdicts(self, attack: str) -> list[list[bool]]:
         """By seed and image."""
@@ -94,11 +96,11 @@ def settings(rows: list[Row]) -> dict[str, list[Setting]]:
     names = [point.system.name for grid in GRIDS.values() for point in grid]
     if not seeds or any(seed not in by_name.get(name, {}) for name in names for seed in seeds):
         return {}
+    images = {name: len(unpacked(found)) for name, found in by_name[DEFAULT][seeds[0]]["verdicts"].items()}
+    nothing = {"verdicts": {name: packed([False] * number) for name, number in images.items()}}
+    rows_of = {name: [nothing | by_name[name][seed] for seed in seeds] for name in names}
     return {
-        method: [
-            Setting(point.system.name, point.rate, [by_name[point.system.name][seed] for seed in seeds])
-            for point in grid
-        ]
+        method: [Setting(point.system.name, point.rate, rows_of[point.system.name]) for point in grid]
         for method, grid in GRIDS.items()
     }
 
@@ -141,16 +143,22 @@ def sensitivity_section(rows: list[Row]) -> Iterator[str]:
     seeds = sorted(row["seed"] for row in default.rows)
     dates = sorted({row["date"] for row in rows})
     devices = "; ".join(sorted({row["device"] for row in rows}))
-    images = len(default.verdicts("autoattack")[0])
     yield "## Sensitivity: does anything have to be tuned?"
     yield wrap(
         f"`python scripts/sensitivity.py`, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, {devices}; seeds "
         f"{', '.join(map(str, seeds))}; {sum(map(len, found.values()))} points. "
-        f"The task is `digits`, with AutoAttack on {images} of its test images and PGD-20 on all. Every learning rate "
-        f"at the start ({', '.join(f'{rate:g}' for rate in RATES)}; half of that for adapters) is combined with every "
-        "loss weight; everything else, the shape of the learning rate included, is each method's own. AutoLoRa's "
-        "paper promises that it needs no such search and shows no grid."
+        f"The task is `digits`, with AutoAttack on {len(default.verdicts('autoattack')[0])} of its test images and "
+        f"PGD-20 on all. Every learning rate at the start ({', '.join(f'{rate:g}' for rate in RATES)}; half of that "
+        "for adapters) is combined with every loss weight; everything else, the shape of the learning rate included, "
+        "is each method's own. AutoLoRa's paper promises that it needs no such search and shows no grid."
     )
+    diverged = {setting.name: setting.diverged for grid in found.values() for setting in grid if setting.diverged}
+    if diverged:
+        names = ", ".join(f"{name} ({number} of {len(seeds)})" for name, number in diverged.items())
+        yield wrap(
+            f"{sum(diverged.values())} trainings diverged and were stopped: {names}. They leave no model and count as "
+            "0, and what diverged with any seed cannot be picked."
+        )
     yield wrap(
         "*Picked* is what somebody gets who searches the grid: the point with the highest robust validation accuracy "
         "(mean over the seeds; 50 images each), measured on test images. *Best* is the highest accuracy on the test "

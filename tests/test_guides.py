@@ -36,7 +36,9 @@ def test_the_diagnostics_are_all_explained():
 
 def test_the_verdicts_of_a_report_page_are_all_explained():
     tree = ast.parse(inspect.getsource(html_report._verdict))
-    made = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Verdict"]
+    made = [
+        node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Verdict"
+    ]
     titles = {node.args[1].value for node in made}
     assert len(titles) == len(made) > 5
     assert {title for title, _ in rows(page("what-robust-accuracy-means"), "and a verdict.")} == titles
@@ -78,7 +80,13 @@ def test_the_costs_of_objectives_are_those_of_the_results():
 
 def test_the_table_of_never_robust_backbones_is_that_of_its_file():
     # In the order in which they import each other.
-    needed = ["pretrain_quickstart_backbone", "benchmark_data", "benchmark_systems", "benchmark_tasks", "benchmark_run"]
+    needed = [
+        "pretrain_quickstart_backbone",
+        "benchmark_data",
+        "benchmark_systems",
+        "benchmark_tasks",
+        "benchmark_run",
+    ]
     *_, never_robust = map(load, [*needed, "robust_start", "never_robust"])
     measured = json.loads(never_robust.FILE.read_text())["rows"]
     assert page("never-robust-backbones") == never_robust.with_table(page("never-robust-backbones"), measured)
