@@ -294,7 +294,7 @@ def run_page(page: Path, files: Path) -> list[dict]:
                 with contextlib.redirect_stdout(io.StringIO()):
                     action()
             except Exception:
-                error = traceback.format_exc()[-5000:]
+                error = traceback.format_exc()[-20000:]
             done.append({"line": line, "seconds": round(time.time() - started, 1), "error": error})
             return error is None
 

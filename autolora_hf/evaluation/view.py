@@ -39,6 +39,10 @@ class AttackView(nn.Module):
         return next(itertools.chain(self.parameters(), self.buffers()), torch.empty(0)).device
 
     def forward(self, pixels: Tensor) -> Tensor:
+        if not len(pixels):
+            # AutoAttack's Square asks for the logits of no images when its first try has broken all of them, and the
+            # attention of transformers cannot reshape nothing.
+            return self(pixels.new_zeros(1, *pixels.shape[1:]))[:0]
         output = self.model(pixels.to(self.dtype))
         # An embedding is none: that of an encoder has no `logits`, which is what the error says then.
         logits = (output.logits if is_embedding(output) else logits_of(output)).float()

@@ -8,6 +8,8 @@ import numpy as np
 import pyautoattack
 import pytest
 import torch
+from tiny_models import MODELS
+from tiny_models import pixels as random_pixels
 from torch import nn
 
 from autolora_hf.config import ThreatModel
@@ -207,3 +209,10 @@ def test_refusals(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
     with pytest.raises(ImportError, match="pip install pyautoattack"):
         autoattack_components(THREATS["linf"], 10, (8, 8))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_images_have_no_logits(name):
+    """Square asks for them when its first stripes have broken every image."""
+    view = AttackView(MODELS[name].adapted(num_classes=4))
+    assert view(random_pixels()[:0]).shape == (0, 4)
