@@ -63,7 +63,7 @@ def _write_files(folder: Path) -> None:
     from test_conversion import RESNET18, acl_file
 
     random = np.random.default_rng(0)
-    for split, count in (("train", 16), ("test", 4)):
+    for split, count in (("train", 12), ("test", 2)):
         for label, name in enumerate(CLASSES):
             (folder / "birds" / split / name).mkdir(parents=True)
             for index in range(count):
@@ -71,7 +71,7 @@ def _write_files(folder: Path) -> None:
     (folder / "shards").mkdir()
     for shard in range(2):
         with tarfile.open(folder / "shards" / f"train-{shard:03d}.tar", "w") as tar:
-            for index in range(24):
+            for index in range(18):
                 buffer = io.BytesIO()
                 picture(index % 3, random).save(buffer, "PNG")
                 content = {"png": buffer.getvalue(), "cls": str(index % 3).encode()}
@@ -117,7 +117,7 @@ def _publish_data(store: Store) -> None:
     names = ["angular_leaf_spot", "bean_rust", "healthy"]
     features = datasets.Features({"image": datasets.Image(), "labels": datasets.ClassLabel(names=names)})
     with tempfile.TemporaryDirectory() as folder:
-        for split, count in (("train", 48), ("validation", 9), ("test", 12)):
+        for split, count in (("train", 36), ("validation", 6), ("test", 6)):
             labels = [index % 3 for index in range(count)]
             images = [picture(label, random) for label in labels]
             path = Path(folder, f"{split}.parquet")
