@@ -7,10 +7,12 @@ import argparse
 import torch
 
 from .model import add_model_arguments
+from .parser import CommandParser
+from .result import CommandResult
 
 
-def run(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+def build_parser() -> CommandParser:
+    parser = CommandParser(
         prog="autolora demo",
         description=(
             "Serves a page in which a visitor attacks an image and sees what the robust model and a natural one say. "
@@ -41,6 +43,11 @@ def run(argv: list[str]) -> None:
     parser.add_argument(
         "--space", metavar="DIR", help="write the folder of a Hub Space with app.py, and serve nothing"
     )
+    return parser
+
+
+def run(argv: list[str]) -> CommandResult:
+    parser = build_parser()
     args = parser.parse_args(argv)
     if args.steps < 1:
         parser.error(f"--steps must be at least 1, got {args.steps}")
@@ -73,10 +80,11 @@ def run(argv: list[str]) -> None:
     )
     if args.space is None:
         launch(demo, host=args.host, port=args.port, share=args.share)
-        return
+        return CommandResult({"model": args.model, "files": {"space": None}})
     write_space(demo, args.model, args.space, natural=args.natural, **source)
     print(
         f"Wrote {args.space}/.\nLook at it first: python {args.space}/app.py\n"
         f"Publish it:       hf repos create NAME/SPACE --type space --sdk gradio\n"
         f"                  hf upload NAME/SPACE {args.space} . --type space"
     )
+    return CommandResult({"model": args.model, "files": {"space": args.space}})

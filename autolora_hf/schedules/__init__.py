@@ -1,6 +1,6 @@
 from .curves import Curve, constant, cosine, milestones
-from .epsilon import EpsilonKind, EpsilonSchedule
-from .learning_rate import HalvingRule, PlateauHalving, default_checkpoints, default_epochs
+from .epsilon import EpsilonSchedule
+from .learning_rate import PlateauHalving, default_checkpoints, default_epochs
 from .scalars import LossScalars, loss_scalars
 
 
@@ -9,9 +9,7 @@ SCHEDULES = ("plateau", "milestones", "cosine", "constant")
 __all__ = [
     "SCHEDULES",
     "Curve",
-    "EpsilonKind",
     "EpsilonSchedule",
-    "HalvingRule",
     "LossScalars",
     "PlateauHalving",
     "constant",

@@ -24,7 +24,8 @@ from ..modeling import AutoLoraModel
 from ..objectives import OBJECTIVES, Batch, config_for
 from ..pixels import Normalize
 from ..progress import hidden_progress
-from ..schedules import Curve, HalvingRule, LossScalars, PlateauHalving, constant, cosine, default_epochs, milestones
+from ..schedules import Curve, LossScalars, PlateauHalving, constant, cosine, default_epochs, milestones
+from ..schedules.learning_rate import HalvingRule
 from .arguments import AutoLoraTrainingArguments
 from .attacking import RouteAttacker
 from .averaging import WeightAverage
