@@ -9,7 +9,8 @@ from ..initializers import INITIALIZERS, Initializer
 from ..objectives import OBJECTIVES, Objective
 from ..options import json_object, with_options
 from ..postprocessing import FINISHERS, Finisher
-from ..schedules import SCHEDULES, EpsilonKind, EpsilonSchedule, default_checkpoints, milestones
+from ..schedules import SCHEDULES, EpsilonSchedule, default_checkpoints, milestones
+from ..schedules.epsilon import EpsilonKind
 from .averaging import AVERAGES
 
 
