@@ -10,7 +10,7 @@ import logging
 import warnings
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, inject_adapter_in_model
@@ -149,10 +149,12 @@ def peft_config(config: AutoLoraConfig, stock_layers: frozenset[str] = frozenset
     kind = config.kind
     if kind.config is not LoraConfig:
         rank = {"r": config.r} if "r" in kind.fields else {}
-        return kind.config(**{**rank, **kind.fixed, **config.branch_args, **changes})
+        return kind.config(**{**rank, **kind.fixed, **(config.branch_args or {}), **changes})
     made = config.lora_config(**kind.fixed, **changes)
     if not kind.is_pefts:
-        made._register_custom_module({nn.Module: partial(_branch_layer, config, stock_layers)})
+        # PEFT calls what it finds here, a class or not.
+        layer: Any = partial(_branch_layer, config, stock_layers)
+        made._register_custom_module({nn.Module: layer})
     return made
 
 
@@ -170,7 +172,7 @@ def _branch_layer(
         return None
     if chosen.branch == "lora":
         kwargs["layout"] = chosen.layout
-    return chosen.kind.layer(target, adapter_name, **kwargs)
+    return cast(Any, chosen.kind.layer)(target, adapter_name, **kwargs)
 
 
 def finish(layers: dict[str, BaseTunerLayer], config: AutoLoraConfig, adapters: Iterable[str]) -> None:
@@ -258,9 +260,10 @@ def _made_on_meta(kind: BranchKind, config: AutoLoraConfig, layer: nn.Module, ra
         warnings.simplefilter("ignore")
         if not kind.is_pefts:
             lora = LoraConfig(r=rank, init_lora_weights=config.init_lora_weights)
-            return _branch_layer(config, frozenset(), twin, "one", target_name="", r=rank, lora_alpha=1, config=lora)
+            made = _branch_layer(config, frozenset(), twin, "one", target_name="", r=rank, lora_alpha=1, config=lora)
+            return cast(BaseTunerLayer, made)
         holder = nn.Module()
         holder.layer = twin
         ranked = {"r": rank} if kind.config is LoraConfig else {}
         inject_adapter_in_model(peft_config(config, target_modules=["layer"], **ranked), holder, "one")
-        return holder.layer
+        return cast(BaseTunerLayer, holder.layer)

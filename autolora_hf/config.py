@@ -176,7 +176,9 @@ class AutoLoraConfig(LoraConfig):
     head: str | list[str] | None = field(
         default=None, metadata={"help": "Name of the classification layer(s); found by itself when left out."}
     )
-    lora_alpha: int | None = field(default=None, metadata={"help": "Scale of the branch is lora_alpha / r."})
+    lora_alpha: int | None = field(  # type: ignore[assignment]  # filled in by `__post_init__`
+        default=None, metadata={"help": "Scale of the branch is lora_alpha / r."}
+    )
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -250,7 +252,7 @@ class AutoLoraConfig(LoraConfig):
                 f"set: {', '.join(f'`{name}`' for name in kind.fields) or 'no field of LoRA'}, and in `branch_args` "
                 f"{', '.join(map(repr, kind.arguments)) or 'nothing'}."
             )
-        ranks = [self.r, *self.rank_pattern.values()] if "r" in kind.fields else []
+        ranks = [self.r, *(self.rank_pattern or {}).values()] if "r" in kind.fields else []
         odd = [rank for rank in ranks if rank % kind.multiple]
         if odd:
             raise ValueError(

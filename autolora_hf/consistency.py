@@ -27,8 +27,8 @@ def check_files(directory: Path, record: Record) -> None:
         ValueError: If one is damaged or a link out of the folder, or if the record asks for larger branches or more
             classes than the files have.
     """
-    robust = (BASE_WEIGHTS,) if record.mode == "full" else (ADAPTER_WEIGHTS, ROBUST_FACTORS)
-    robust, natural = _first(directory, *robust), _branches_file(directory, record)
+    names = (BASE_WEIGHTS,) if record.mode == "full" else (ADAPTER_WEIGHTS, ROBUST_FACTORS)
+    robust, natural = _first(directory, *names), _branches_file(directory, record)
     headers = {path: read_header(path) for path in (robust, natural)}
     if record.natural_route == "plain" and record.config["norm"] in ("dual", "split", "frozen"):
         read_header(inside(directory, NATURAL_FACTORS))

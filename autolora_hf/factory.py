@@ -69,9 +69,10 @@ def get_autolora_model(
     if config is not None and not isinstance(config, AutoLoraConfig):
         raise TypeError(f"`config` must be an AutoLoraConfig, got {type(config).__name__}.")
     name = model if isinstance(model, str) else None
-    if name is not None:
-        source = {"tower": tower, "revision": revision, "token": token}
-        model = backbones.load_backbone(name, num_classes, image_size=image_size, **source)
+    if isinstance(model, str):
+        model = backbones.load_backbone(
+            model, num_classes, image_size=image_size, tower=tower, revision=revision, token=token
+        )
     elif num_classes is not None and num_classes != backbones.num_classes_of(model):
         raise ValueError(
             f"`num_classes={num_classes}`, but the model has {backbones.num_classes_of(model)} classes. Create the "
@@ -208,12 +209,11 @@ def load_autolora_model(
                 f"{name_or_path} is an adapter of a {record.backbone['architecture']} that was created in memory, "
                 "so its weights cannot be found by name: pass the model as `base_model=`."
             )
-    named = isinstance(base_model, str)
     # The recorded commit is one of the recorded repository.
-    is_recorded = named and base_model == record.backbone["name_or_path"]
+    is_recorded = isinstance(base_model, str) and base_model == record.backbone["name_or_path"]
     commit = record.backbone["revision"] if is_recorded else None
-    source = base_model if named else None
-    if named:
+    source = base_model if isinstance(base_model, str) else None
+    if isinstance(base_model, str):
         size, library = record.backbone.get("image_size"), record.backbone["library"]
         base_model = backbones.load_backbone(
             base_model,
@@ -246,7 +246,7 @@ def load_autolora_model(
     if not same_base:
         logger.warning(
             "The adapter %s was trained on other weights than this base model has (their SHA-256 differ), so its "
-            "robust accuracy does not hold here. It was trained on %s (%s).",
+            "robust accuracy does not hold here. It was trained on %s (%s): pass that as `base_model=`.",
             name_or_path,
             record.backbone["name_or_path"] or "an unnamed model",
             record.backbone["architecture"],

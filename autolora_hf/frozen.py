@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -152,7 +152,7 @@ class FrozenRoute(nn.Module):
                 tensors = dict(source.named_parameters(recurse=False)) | dict(source.named_buffers(recurse=False))
             if name in self._norms:
                 norm = self._norms[name]
-                statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+                statistics: Any = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
                 bias = tensors.get("bias")
                 tensors["weight"], tensors["bias"] = fuse_conv_bn_weights(tensors["weight"], bias, *statistics)
             for key in [*target._parameters, *target._buffers]:
@@ -212,7 +212,7 @@ class FrozenRoute(nn.Module):
             if modules[conv].bias is None:
                 modules[conv].bias = nn.Parameter(modules[conv].weight.new_zeros(modules[conv].out_channels), False)
             live = self._norms[conv] = self._sources[norm][0]
-            rest = nn.Identity()
+            rest: nn.Module = nn.Identity()
             if isinstance(live, BatchNormAct2d):
                 # timm's layer of norm and activation: what follows the norm stays.
                 rest = nn.Sequential(modules[norm].drop, modules[norm].act)
@@ -242,7 +242,9 @@ class _PatchLinear(nn.Conv2d):
     def forward(self, images: Tensor) -> Tensor:
         if images.ndim != 4:
             return super().forward(images)
-        found = F.linear(patches_of(images, self.kernel_size), self.weight.flatten(1), self.bias)
+        found = F.linear(
+            patches_of(images, cast(tuple[int, int], self.kernel_size)), self.weight.flatten(1), self.bias
+        )
         return found.permute(0, 3, 1, 2)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ def timm_part(model: nn.Module) -> nn.Module | None:
     """The timm network that `model` is or that transformers' wrapper holds; `None` for other models."""
     if library_of(model) == "timm":
         return model
-    return model.timm_model if model.config.model_type == "timm_wrapper" else None
+    return cast(nn.Module, model.timm_model) if model.config.model_type == "timm_wrapper" else None
 
 
 def num_classes_of(model: nn.Module) -> int:
@@ -53,7 +53,7 @@ def num_classes_of(model: nn.Module) -> int:
     tower = tower_of(model)
     if tower is not None:
         return getattr(model.config, tower.width)
-    return model.num_classes if library_of(model) == "timm" else model.config.num_labels
+    return cast(Any, model).num_classes if library_of(model) == "timm" else cast(Any, model).config.num_labels
 
 
 def check_classifier(model: nn.Module) -> None:
@@ -88,10 +88,11 @@ def check_classifier(model: nn.Module) -> None:
 
 def _channels(model: nn.Module) -> int | None:
     """Number of channels of the images a model takes, if it says so."""
-    network = timm_part(model)
+    network: Any = timm_part(model)
     if network is not None:
         return getattr(network, "in_chans", None) or network.pretrained_cfg["input_size"][0]
-    for part in (model.config, getattr(model.config, "vision_config", None)):
+    config: Any = model.config
+    for part in (config, getattr(config, "vision_config", None)):
         if getattr(part, "num_channels", None) is not None:
             return part.num_channels
     return None

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftConfig
@@ -157,11 +157,11 @@ def robust_adapter(model: AutoLoraModel) -> tuple[dict[str, Tensor], PeftConfig]
     """Mode `adapter`: tensors and configuration of the robust adapter, as PEFT writes them."""
     if model.autolora_config.branch != "lora":
         return _single_adapter(model, ROBUST)
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, layer in model.lora_layers().items():
         tensors |= _named(name, *_unfolded(layer, ROBUST))
     tensors |= {f"{PEFT_PREFIX}{key}": tensor for key, tensor in saved_tensors(model).items()}
-    config: LoraConfig = model.peft_config[ROBUST]
+    config = model.peft_config[ROBUST]
     fields = {key: getattr(config, key) for key in LORA_FIELDS}
     if model.autolora_config.layout == "released":
         # PEFT knows its own factorisation only; the same change of a convolution's weight has rank r k^2 there.
@@ -194,12 +194,13 @@ def natural_adapter(model: AutoLoraModel) -> tuple[dict[str, Tensor], PeftConfig
     """
     if model.autolora_config.branch != "lora":
         return _single_adapter(model, NATURAL)
-    tensors, adapter = {}, model.autolora_config.mode == "adapter"
+    tensors: dict[str, Tensor] = {}
+    adapter = model.autolora_config.mode == "adapter"
     for name, layer in model.lora_layers().items():
         pairs = [_unfolded(layer, branch) for branch in ((ROBUST, NATURAL) if adapter else (NATURAL,))]
         tensors |= _named(name, torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], 1))
     tensors |= {f"{PEFT_PREFIX}{key}": tensor for key, tensor in saved_tensors(model, natural=True).items()}
-    config: LoraConfig = model.peft_config[NATURAL]
+    config = model.peft_config[NATURAL]
     fields = {key: getattr(config, key) for key in LORA_FIELDS} | _rank_fields(model, tensors)
     modules = list(dict.fromkeys([*model._saved_modules(), *_natural_norms(model)]))
     return tensors, _stock_config(model, fields, modules)
@@ -225,7 +226,8 @@ def natural_factors(model: AutoLoraModel, tensors: dict[str, Tensor], robust: di
     if model.autolora_config.branch != "lora":
         names = {key: PEFT_PREFIX + disk for disk, key, _ in _stock_parameters(model, NATURAL)}
         return {key: tensors[names.get(key, f"{PEFT_PREFIX}{key}")] for key in natural_tensors(model)}
-    found, adapter = {}, model.autolora_config.mode == "adapter"
+    found: dict[str, Tensor] = {}
+    adapter = model.autolora_config.mode == "adapter"
     for name, layer in model.lora_layers().items():
         first, second = (tensors[key] for key in _keys(name))
         if adapter:
@@ -289,11 +291,11 @@ def _rank_fields(model: AutoLoraModel, tensors: dict[str, Tensor]) -> dict[str, 
     }
 
 
-def _stock_config(model: AutoLoraModel, fields: dict[str, object], modules_to_save: list[str]) -> PeftConfig:
+def _stock_config(model: AutoLoraModel, fields: dict[str, Any], modules_to_save: list[str]) -> PeftConfig:
     base, layers = model.get_base_model(), list(model.lora_layers())
     # In mode `full` the natural branch belongs on the model beside it, whose name on the Hub is not known here.
     adapter = model.autolora_config.mode == "adapter"
-    options = {
+    options: dict[str, Any] = {
         "target_modules": matched_by_suffix(base, layers) or targets.exactly(layers),
         "modules_to_save": modules_to_save or None,
         "inference_mode": True,
@@ -301,7 +303,7 @@ def _stock_config(model: AutoLoraModel, fields: dict[str, object], modules_to_sa
         "revision": model.backbone["revision"] if adapter else None,
     }
     if model.autolora_config.branch == "lora":
-        config: PeftConfig = LoraConfig(**fields, **options)
+        config: Any = LoraConfig(**fields, **options)
     else:
         config = branches.peft_config(model.autolora_config, **options)
     if isinstance(config.target_modules, set):

@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from huggingface_hub import CommitInfo
 from peft import PeftModel
@@ -65,7 +65,7 @@ class AutoLoraModel(checkpointing.Checkpointed, PeftModel):
         branches.check(config, norms, stock_layers)
 
         # PEFT's own word for an adapter that sits on no layer at all.
-        names = targets.exactly(config.target_modules) or DUMMY_TARGET_MODULES
+        names = targets.exactly(config.target_modules or ()) or DUMMY_TARGET_MODULES
         made = [branches.peft_config(config, stock_layers, target_modules=names) for _ in range(2)]
         if config.mode == "full":
             super().__init__(model, made[0], adapter_name=NATURAL)
@@ -95,10 +95,10 @@ class AutoLoraModel(checkpointing.Checkpointed, PeftModel):
         self._restore_trainable(trainable)
         # New modules start in train mode, whatever mode the model is in.
         for layer in self.lora_layers().values():
-            layer.train(layer.get_base_layer().training)
+            cast(nn.Module, layer).train(layer.get_base_layer().training)
         for name in self._saved_modules():
-            wrapper = model.get_submodule(name)
-            wrapper.train(wrapper.original_module.training)
+            saved = cast(ModulesToSaveWrapper, model.get_submodule(name))
+            saved.train(saved.original_module.training)
         self._switch = self._build_routes(norms)
 
     def _restore_trainable(self, trainable: list[nn.Parameter]) -> None:
@@ -136,7 +136,7 @@ class AutoLoraModel(checkpointing.Checkpointed, PeftModel):
         for name in norms:
             parent_name, _, child = name.rpartition(".")
             parent = base.get_submodule(parent_name)
-            original = parent._modules[child]
+            original = parent.get_submodule(child)
             inner = original.modules_to_save[ROBUST] if isinstance(original, ModulesToSaveWrapper) else original
             if config.norm == "robust_stats":
                 natural.untracked.append(inner)
@@ -280,7 +280,7 @@ class AutoLoraModel(checkpointing.Checkpointed, PeftModel):
             yield
         finally:
             if wrapped is not None:
-                self.forward = wrapped
+                self.__dict__["forward"] = wrapped
 
     def pixel_space(self, route: str | None = None) -> PixelModel:
         """The model as a function of pixels: float N x 3 x H x W in [0, 1] to logits N x K.
@@ -336,7 +336,9 @@ class AutoLoraModel(checkpointing.Checkpointed, PeftModel):
         for name, layer in self.lora_layers().items():
             base.set_submodule(name, layer.get_base_layer())
         for name, module in saved.items():
-            base.set_submodule(name, module if keep_saved else base.get_submodule(name).original_module)
+            base.set_submodule(
+                name, module if keep_saved else cast(nn.Module, base.get_submodule(name).original_module)
+            )
         del base.peft_config
         forget_cached(base)
         return base
@@ -349,7 +351,9 @@ class AutoLoraModel(checkpointing.Checkpointed, PeftModel):
 
     # ---- saving ----
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+    def save_pretrained(  # type: ignore[override]  # PEFT's options that do not apply are not there
+        self, save_directory: str | os.PathLike, **kwargs: Any
+    ) -> None:
         """Writes everything [`load_autolora_model`] needs to rebuild both routes bit for bit; safetensors only.
 
         Mode `full`: the robust model as an ordinary timm or transformers checkpoint. Mode `adapter`: the robust

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 class PixelModel(nn.Module):
     """One route of a model as a function of pixels in [0, 1]; see [`AutoLoraModel.pixel_space`]."""
 
+    if TYPE_CHECKING:
+        # `nn.Module` says of a call that it takes and gives anything.
+        def __call__(self, pixels: Tensor) -> Tensor: ...
+
     def __init__(self, model: AutoLoraModel, route: str) -> None:
         super().__init__()
         self.model = model

@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -90,7 +90,7 @@ class Preprocessing:
             pretrained_cfg (`dict`, *optional*): What is known of the checkpoint, where it differs from the model's
                 own `pretrained_cfg`.
         """
-        config = {**model.pretrained_cfg, **(pretrained_cfg or {})}
+        config = {**cast(Any, model).pretrained_cfg, **(pretrained_cfg or {})}
         size, saved = timm_image_size(model), getattr(model, "pretrained_model_args", {}).get("img_size")
         flexible = not getattr(model, "_traits", {}).get("fixed_input_size", True)
         if size is None or (flexible and (pretrained_cfg or (saved is not None and size_pair(saved) == size))):
@@ -157,7 +157,7 @@ class Preprocessing:
                 f"{kind} changes images in a way that no `Preprocessing` describes: the closest one is off by "
                 f"{smallest:.1f}/255 on average. Pass `preprocessing=Preprocessing(...)` with what the model needs."
             )
-        return closest
+        return cast(Preprocessing, closest)
 
     @classmethod
     def assumed(cls, processor: Any, image_size: tuple[int, int] | None = None) -> Preprocessing:
@@ -284,7 +284,7 @@ class Normalize(nn.Module):
             self.register_buffer(name, values.view(1, -1, 1, 1), persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        normalised = (pixels - self.mean) / self.std
+        normalised = (pixels - cast(Tensor, self.mean)) / cast(Tensor, self.std)
         return normalised.flip(1) if self.blue_first else normalised
 
 
@@ -340,7 +340,8 @@ def _test_image(height: int, width: int) -> Image.Image:
 
 def _affine(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of what `processor` does to pixels in [0, 1], one value a channel."""
-    mean, std = (0.0,) * 3, (1.0,) * 3
+    mean: tuple[float, ...] = (0.0,) * 3
+    std: tuple[float, ...] = (1.0,) * 3
     if getattr(processor, "do_normalize", None):
         mean, std = tuple(processor.image_mean), tuple(processor.image_std)
     scale = 255 * (processor.rescale_factor if getattr(processor, "do_rescale", True) else 1)

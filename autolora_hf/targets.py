@@ -242,7 +242,7 @@ def requested_modules(model: nn.Module, config: AutoLoraConfig) -> list[str] | N
     if not config.modules_to_save:
         return None
     modules, wanted = dict(model.named_modules()), list(config.modules_to_save)
-    taken, found = {*config.heads, *statistics_norms(model)}, set()
+    taken, chosen = {*config.heads, *statistics_norms(model)}, set[str]()
     for end in wanted:
         matches = [name for name in modules if f".{name}".endswith(f".{end}")]
         if not matches:
@@ -251,12 +251,13 @@ def requested_modules(model: nn.Module, config: AutoLoraConfig) -> list[str] | N
         matches = [name for name in matches if next(modules[name].parameters(), None) is not None]
         if not matches:
             raise ValueError(f"`modules_to_save` names {end!r}, which has no weights.")
-        found.update(name for name in matches if name not in taken)
-    found = [name for name in modules if name in found]
+        chosen.update(name for name in matches if name not in taken)
+    found = [name for name in modules if name in chosen]
+    targets = config.target_modules or ()
     for name in found:
-        others = [other for other in (*taken, *config.target_modules, *found) if other != name]
+        others = [other for other in (*taken, *targets, *found) if other != name]
         clash = [other for other in others if f"{other}.".startswith(f"{name}.") or f"{name}.".startswith(f"{other}.")]
-        if name in config.target_modules or clash:
+        if name in targets or clash:
             raise ValueError(
                 f"`modules_to_save` includes {name!r}, which overlaps with {listed(clash or [name])}: a layer has "
                 "either a branch or a trained copy of its own, and the head and BatchNorm have one anyway."

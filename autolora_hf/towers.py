@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import transformers
 from peft import PeftModel
@@ -61,7 +61,7 @@ def saved_tower(config: PreTrainedConfig) -> Tower | None:
     """The tower that a configuration says it is of; `None` if it is of another network."""
     for name in config.architectures or ():
         tower = TOWERS.get(name)
-        if tower is not None and tower.cls.config_class.model_type == config.model_type:
+        if tower is not None and cast(Any, tower.cls.config_class).model_type == config.model_type:
             return tower
     return None
 

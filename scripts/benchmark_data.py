@@ -81,8 +81,12 @@ def _folder(package: str, path: str) -> Path:
 
 def clothes(split: str) -> Images:
     """Fashion-MNIST: the 60,000 images of "train" or the 10,000 of "test"."""
-    folder = _folder("dataset-fashion-mnist", "datasets/fashion-mnist")
-    return Images(*read_split(folder, "t10k" if split == "test" else split))
+    return Images(*read_split(clothes_folder(), "t10k" if split == "test" else split))
+
+
+def clothes_folder() -> Path:
+    """Where the files of Fashion-MNIST are. Raises [`MissingDataError`] if they are not installed."""
+    return _folder("dataset-fashion-mnist", "datasets/fashion-mnist")
 
 
 def digits(split: str) -> Images:

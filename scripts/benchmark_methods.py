@@ -85,7 +85,7 @@ def fill(content: dict[str, Any], args: argparse.Namespace) -> list[str]:
     there = {
         (row["system"], row["seed"])
         for row in rows
-        if row["task"] == args.task and ("verdicts" in row or "refused" in row)
+        if row["task"] == args.task and not row.keys().isdisjoint(("verdicts", "refused", "stopped"))
     }
     # Seed by seed, so that a run that is stopped early has something of every system.
     todo = [

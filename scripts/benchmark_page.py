@@ -30,7 +30,7 @@ GUIDE = (
     "choose the weights (a fifth of the photographs). They show what each method costs and that it works, and where "
     "methods differ *here*; they are no ranking of methods. No system was tuned: each has its own published loss "
     "weights and shape of the learning rate, and starts at the package's 0.01 (adapters: 0.005). TWINS' own 0.003 is "
-    "too low for trainings as short as these, and linear probes have hardly converged at 0.01.",
+    "too low for trainings as short as these (section Sensitivity), and linear probes have hardly converged at 0.01.",
     "**The tables.** Natural accuracy and PGD-20 are of all test images: mean over the seeds [lowest, highest], per "
     "cent. AutoAttack (standard) is of the same test images for every system and seed; its interval is "
     "Clopper-Pearson's of the verdicts of all seeds together, which are not independent, so it is narrow rather than "
@@ -76,7 +76,7 @@ def render(content: dict[str, Any], sensitivity: list[Row]) -> str:
 
 
 def task_section(name: str, task: Task, rows: list[Row], backbone: dict[str, Any] | None) -> Iterator[str]:
-    measured = [row for row in rows if "refused" not in row]
+    measured = [row for row in rows if "verdicts" in row]
     yield f"## {task.title}"
     yield wrap(_setting(name, task, rows, backbone))
     if name == "digits":
@@ -125,8 +125,11 @@ def table(names: Iterable[str], rows: list[Row]) -> Iterator[str]:
     for name in names:
         found = [row for row in rows if row["system"] == name]
         refused = [row["refused"] for row in found if "refused" in row]
-        if not found or refused:
+        stopped = [row["seed"] for row in found if "stopped" in row]
+        if not found or refused or stopped:
             reason = f"refused: {refused[0].split('. ')[0].rstrip('.')}" if refused else "not measured"
+            if stopped:
+                reason = f"diverged with seed {', '.join(map(str, stopped))}"
             yield f"| {name} | {reason} | | | | | | |"
             continue
         robust = Accuracy.from_counts(*(sum(row["autoattack"][index] for row in found) for index in (0, 1)))

@@ -49,7 +49,11 @@ def measure(task: str, system: System, seed: int, attacked: int | None = None, r
             # Such as norms that the backbone does not have.
             return {**row, "refused": str(error)}
         before, started = _memory(), _clock()
-        trainer.train()
+        try:
+            trainer.train()
+        except FloatingPointError as error:
+            # That it diverges is a result. What comes after the step is advice for users.
+            return {**row, "stopped": str(error).partition(":")[0]}
         row["training_seconds"] = _clock() - started
         row["memory_mb"] = (_peak_memory() - before) / 2**20
         model = trainer.model
@@ -150,6 +154,8 @@ def _in_words(job: tuple) -> str:
 def result_in_words(row: dict[str, Any]) -> str:
     if "refused" in row:
         return f"refused: {row['refused']}"
+    if "stopped" in row:
+        return row["stopped"]
     right, total = row["autoattack"]
     return (
         f"natural {row['natural']:.3f}, PGD-20 {row['pgd20']:.3f}, AutoAttack {right}/{total}, "

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
-from unittest.mock import patch
 
 from transformers import TrainingArguments
 
@@ -25,22 +24,9 @@ FOLDER = Path(__file__).parents[1] / "docs" / "cli"
 WIDTH = 119
 
 
-class _Parsing(Exception):
-    """A parser is about to read a command line."""
-
-
 def parser_of(command: str) -> argparse.ArgumentParser:
-    """The parser of a command, taken at the moment when the command uses it."""
-
-    def taken(parser: argparse.ArgumentParser, *args: object, **kwargs: object) -> None:
-        raise _Parsing(parser)
-
-    with patch.object(argparse.ArgumentParser, "parse_known_args", taken):
-        try:
-            import_module(f"autolora_hf.cli.{command}").run([])
-        except _Parsing as stop:
-            return stop.args[0]
-    raise ValueError(f"`autolora {command}` has no parser of argparse.")
+    """The parser of a command."""
+    return import_module(f"autolora_hf.cli.{command}").build_parser()
 
 
 def page(command: str) -> str:

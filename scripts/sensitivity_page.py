@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from benchmark_run import unpacked
+from benchmark_run import packed, unpacked
 from benchmark_systems import System, adapter
 from matplotlib.figure import Figure
 from results_text import FEWEST_SEEDS, points, probability, wrap
@@ -66,9 +66,11 @@ SAME = {
 class Setting:
     """What was measured of one point, on the seeds that are compared."""
 
-    def __init__(self, name: str, rows: list[Row]) -> None:
-        self.name, self.rows = name, rows
-        self.validation = statistics.fmean(row["validation"] for row in rows)
+    def __init__(self, name: str, rate: float, rows: list[Row]) -> None:
+        self.name, self.rate, self.rows = name, rate, rows
+        # A training that diverged leaves no model: nobody picks it, and no image withstands.
+        self.diverged = sum("stopped" in row for row in rows)
+        self.validation = -1.0 if self.diverged else statistics.fmean(row["validation"] for row in rows)
 
     def verdicts(self, attack: str) -> list[list[bool]]:
         """By seed and image."""
@@ -94,8 +96,11 @@ def settings(rows: list[Row]) -> dict[str, list[Setting]]:
     names = [point.system.name for grid in GRIDS.values() for point in grid]
     if not seeds or any(seed not in by_name.get(name, {}) for name in names for seed in seeds):
         return {}
+    images = {name: len(unpacked(found)) for name, found in by_name[DEFAULT][seeds[0]]["verdicts"].items()}
+    nothing = {"verdicts": {name: packed([False] * number) for name, number in images.items()}}
+    rows_of = {name: [nothing | by_name[name][seed] for seed in seeds] for name in names}
     return {
-        method: [Setting(point.system.name, [by_name[point.system.name][seed] for seed in seeds]) for point in grid]
+        method: [Setting(point.system.name, point.rate, rows_of[point.system.name]) for point in grid]
         for method, grid in GRIDS.items()
     }
 
@@ -138,16 +143,22 @@ def sensitivity_section(rows: list[Row]) -> Iterator[str]:
     seeds = sorted(row["seed"] for row in default.rows)
     dates = sorted({row["date"] for row in rows})
     devices = "; ".join(sorted({row["device"] for row in rows}))
-    images = len(default.verdicts("autoattack")[0])
     yield "## Sensitivity: does anything have to be tuned?"
     yield wrap(
         f"`python scripts/sensitivity.py`, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, {devices}; seeds "
         f"{', '.join(map(str, seeds))}; {sum(map(len, found.values()))} points. "
-        f"The task is `digits`, with AutoAttack on {images} of its test images and PGD-20 on all. Every learning rate "
-        f"at the start ({', '.join(f'{rate:g}' for rate in RATES)}; half of that for adapters) is combined with every "
-        "loss weight; everything else, the shape of the learning rate included, is each method's own. AutoLoRa's "
-        "paper promises that it needs no such search and shows no grid."
+        f"The task is `digits`, with AutoAttack on {len(default.verdicts('autoattack')[0])} of its test images and "
+        f"PGD-20 on all. Every learning rate at the start ({', '.join(f'{rate:g}' for rate in RATES)}; half of that "
+        "for adapters) is combined with every loss weight; everything else, the shape of the learning rate included, "
+        "is each method's own. AutoLoRa's paper promises that it needs no such search and shows no grid."
     )
+    diverged = {setting.name: setting.diverged for grid in found.values() for setting in grid if setting.diverged}
+    if diverged:
+        names = ", ".join(f"{name} ({number} of {len(seeds)})" for name, number in diverged.items())
+        yield wrap(
+            f"{sum(diverged.values())} trainings diverged and were stopped: {names}. They leave no model and count as "
+            "0, and what diverged with any seed cannot be picked."
+        )
     yield wrap(
         "*Picked* is what somebody gets who searches the grid: the point with the highest robust validation accuracy "
         "(mean over the seeds; 50 images each), measured on test images. *Best* is the highest accuracy on the test "
@@ -157,7 +168,12 @@ def sensitivity_section(rows: list[Row]) -> Iterator[str]:
     for attack, name in ATTACKS.items():
         yield f"### {name}"
         yield "\n".join(_table(found, default, attack))
+    yield "### What the learning rate does"
+    yield "\n".join(_table_of_rates(found))
+    yield wrap(_rates_in_words(found))
+    yield "### What this says"
     yield wrap(_conclusion(found, default))
+    yield from map(wrap, _reasons(found, default))
     yield f"![Robust accuracy of every point of the grids]({FIGURE.name})"
 
 
@@ -174,6 +190,74 @@ def _table(found: dict[str, list[Setting]], default: Setting, attack: str) -> It
             cells.append(f"{_percent(one.accuracy(attack))} ({one.short})")
             cells += ["", ""] if difference is None else [points(difference), probability(difference.p_value)]
         yield f"| {' | '.join([*cells, _percent(summary.median), _percent(summary.worst)])} |"
+
+
+def by_rate(grid: list[Setting], attack: str = "pgd20") -> list[list[float]]:
+    """For each learning rate, from the lowest on, the accuracies with every loss weight."""
+    rates = sorted({setting.rate for setting in grid})
+    return [[setting.accuracy(attack) for setting in grid if setting.rate == rate] for rate in rates]
+
+
+def _table_of_rates(found: dict[str, list[Setting]]) -> Iterator[str]:
+    yield f"| PGD-20, starting at | {' | '.join(f'{rate:g}' for rate in RATES)} |"
+    yield f"|---|{'---:|' * len(RATES)}"
+    for method, grid in found.items():
+        cells = [
+            _percent(min(values)) + (f" to {_percent(max(values))}" if len(values) > 1 else "")
+            for values in by_rate(grid)
+        ]
+        yield f"| {method} | {' | '.join(cells)} |"
+
+
+def _rates_in_words(found: dict[str, list[Setting]]) -> str:
+    """How much the learning rate decides, and how much the loss weight."""
+    weighted = {method: by_rate(grid) for method, grid in found.items() if len(by_rate(grid)[0]) > 1}
+    weights = ", ".join(
+        f"at most {100 * max(max(values) - min(values) for values in rates):.0f} points for {method}"
+        for method, rates in weighted.items()
+    )
+    spreads = ", ".join(
+        f"{100 * (max(map(max, rates)) - min(map(max, rates))):.0f} for {method}"
+        for method, rates in ((method, by_rate(grid)) for method, grid in found.items())
+    )
+    return (
+        "LoRA-AT's rates are half of those in the head of the table; where a method has loss weights, the lowest and "
+        f"the highest of them. Between the worst and the best rate, with the best weight each, there are {spreads} "
+        f"points; between the worst and the best weight at one rate, {weights}."
+    )
+
+
+def _reasons(found: dict[str, list[Setting]], default: Setting) -> Iterator[str]:
+    """Why the defaults stand where they do: from the grid of AutoLoRa itself, with the rate as the only difference."""
+    own = max(found["AutoLoRa"], key=lambda setting: setting.validation)
+    others = [setting for method, grid in found.items() if method != "AutoLoRa" for setting in grid]
+    same = [setting for setting in others if setting.rate == default.rate]
+    best = max(same, key=lambda setting: setting.accuracy("pgd20"))
+    top = max(others, key=lambda setting: setting.accuracy("pgd20"))
+    yield (
+        f"AutoLoRa starts at {default.rate:g}, halves its rate when validation stalls, and never raises it. "
+        + (
+            f"Here {own.rate:g} would have been the better start: validation picks it, with {_both(own)} in the place "
+            f"of {_both(default)} (PGD-20 / AutoAttack). "
+            if own is not default
+            else "Here that is the start that validation picks. "
+        )
+        + f"Among baselines that start at {default.rate:g} too, the highest is {best.name}, {_both(best)}; of all of "
+        f"them, {top.name}, {_both(top)}."
+    )
+    yield (
+        "So what AutoLoRa takes off its user's hands is the loss weights and the moments at which the rate falls, not "
+        "the rate that a training starts with. The paper's trainings have 60 epochs in batches of 128, or 23,000 "
+        "steps on CIFAR-10; with the 240 steps of this task a rate that is too low is not made up for. Whoever can "
+        "afford a second training of this length should spend it on a higher starting rate, and keep what has the "
+        "higher robust validation accuracy."
+        if own.rate > default.rate
+        else "What AutoLoRa takes off its user's hands is the loss weights and the moments at which the rate falls."
+    )
+
+
+def _both(setting: Setting) -> str:
+    return f"{_percent(setting.accuracy('pgd20'))} / {_percent(setting.accuracy('autoattack'))}"
 
 
 def _percent(share: float) -> str:
@@ -207,14 +291,6 @@ def _conclusion(found: dict[str, list[Setting]], default: Setting) -> str:
             f"defaults have {_percent(own)}"
             + (": they are at least as high." if own >= top.accuracy(attack) else ": they do not reach it.")
         )
-    spreads = {method: [setting.accuracy("pgd20") for setting in grid] for method, grid in found.items()}
-    sentences.append(
-        "From the worst to the best point of its grid PGD-20 accuracy spans "
-        + ", ".join(
-            f"{100 * (max(values) - min(values)):.0f} points for {method}" for method, values in spreads.items()
-        )
-        + "."
-    )
     return " ".join(sentences)
 
 
@@ -234,7 +310,7 @@ def draw(rows: list[Row], path: Path) -> None:
             # Side by side by learning rate, so that equal values stay visible.
             offsets = np.linspace(-0.28, 0.28, len(grid))
             values = [100 * setting.accuracy(attack) for setting in grid]
-            spots = axis.scatter(place + offsets, values, s=18, color="#5A5A5A", label="a point of the grid")
+            spots = axis.scatter(place + offsets, values, s=18, color="#5A5A5A", label="a point of the grid", zorder=3)
             picked = grid.index(summarise(grid, attack).picked)
             star = axis.scatter(
                 place + offsets[picked],
@@ -243,12 +319,14 @@ def draw(rows: list[Row], path: Path) -> None:
                 marker="*",
                 color="#C43C00",
                 label="picked by validation",
+                zorder=4,
             )
-            axis.hlines(statistics.median(values), place - 0.32, place + 0.32, color="#8A8A8A", linewidth=1)
+            middle, ends = statistics.median(values), (place - 0.32, place + 0.32)
+            median = axis.hlines(middle, *ends, color="#8A8A8A", linewidth=1, label="median of the grid")
         axis.set_xticks(range(len(found)), list(found), rotation=15)
         axis.set_title(f"{name}, mean of {len(default.rows)} seeds", fontsize=10)
         axis.grid(axis="y", alpha=0.25, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("robust test accuracy, per cent")
-    figure.legend(handles=[line, spots, star], loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    figure.legend(handles=[line, spots, star, median], loc="outside upper center", ncols=4, frameon=False, fontsize=9)
     figure.savefig(path, dpi=130)

@@ -36,7 +36,7 @@ GIVEN = re.compile(r"^<!-- given: (.*?) -->$", re.MULTILINE)
 RUN = ("python", "bash")
 LAUNCHERS = ("torchrun", "accelerate")
 # What a page may tell readers to install or call that is no part of this repository.
-OTHER_TOOLS = ("git", "hf", "mkdocs", "cd", "source", "docker")
+OTHER_TOOLS = ("git", "hf", "mkdocs", "cd", "source", "docker", "jq", "tensorboard", "trackio")
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,24 @@ def count_by_markdown(page: Path) -> tuple[int, int]:
 
 
 def commands(source: str) -> list[list[str]]:
-    """The command lines of a block as words, without prompts, comments and empty lines."""
-    lines = source.replace("\\\n", " ").splitlines()
-    words = [shlex.split(line.removeprefix("$ "), comments=True) for line in lines]
-    return [line for line in words if line]
+    """The commands of a block as words, without prompts, comments, and what a shell does with their output."""
+    found = []
+    for line in source.replace("\\\n", " ").splitlines():
+        lexer = shlex.shlex(line.removeprefix("$ "), posix=True, punctuation_chars=True)
+        lexer.whitespace_split = True
+        words: list[str] = []
+        for word in lexer:
+            if word in ("&&", "|", ";"):
+                found.append(words)
+                words = []
+            elif word in (">", ">>", "<"):
+                next(lexer)
+                if words[-1:] in (["1"], ["2"]):
+                    words.pop()
+            else:
+                words.append(word)
+        found.append(words)
+    return [words for words in found if words]
 
 
 def autolora_arguments(words: list[str]) -> list[str] | None:
@@ -149,9 +163,11 @@ def problem_of(words: list[str]) -> str | None:
 def problem_of_autolora(arguments: list[str]) -> str | None:
     """What the parser of a command says to its options. A `...` stands for those that it needs."""
     from autolora_hf.cli import COMMANDS
+    from autolora_hf.cli.completion import SHELLS
 
     if not arguments or arguments[0].startswith("-"):
-        return None if arguments in (["--help"], ["--version"]) else "no command"
+        whole = (["--help"], ["--version"], *(["--print-completion", shell] for shell in SHELLS))
+        return None if arguments in whole else "no command"
     name, options = arguments[0], arguments[1:]
     if name not in COMMANDS:
         return f"no command {name!r}"

@@ -215,8 +215,28 @@ def test_the_section_on_sensitivity_is_honest(own, verdict, tmp_path):
     summary = sensitivity.summarise(found["TRADES"], "pgd20")
     assert summary.best is summary.picked is found["TRADES"][0]
     assert summary.worst < summary.median < summary.best.accuracy("pgd20")
+    rates = sensitivity.by_rate(found["TRADES"])
+    assert len(rates) == 5 and all(len(values) == 4 for values in rates) and sum(map(sum, rates)) > 0
+    assert "| TRADES | " in shown and "AutoLoRa starts at 0.01" in shown
+    # With equal accuracies at every rate nobody is told to take another one.
+    assert "higher starting rate" not in shown.replace("\n", " ")
+    better = [{**one, "validation": 0.99} if one["system"] == "AutoLoRa, rate 0.03" else one for one in rows]
+    advised = "\n\n".join(sensitivity.sensitivity_section(better)).replace("\n", " ")
+    assert "validation picks it" in advised and "Here 0.03 would" in advised and "higher starting rate" in advised
     sensitivity.draw(rows, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+    # A training that diverged is neither picked nor left out.
+    first = sensitivity.GRIDS["TRADES"][0].system.name
+    kept = ("task", "system", "seed", "date", "device")
+    gone = {"stopped": "Training stopped at step 3", "system": first, "seed": 1}
+    stopped = [
+        {key: one[key] for key in kept} | gone if (one["system"], one["seed"]) == (first, 1) else one for one in rows
+    ]
+    changed = sensitivity.settings(stopped)
+    assert changed["TRADES"][0].diverged == 1 and changed["TRADES"][0].accuracy("pgd20") < 0.5
+    assert sensitivity.summarise(changed["TRADES"], "pgd20").picked is changed["TRADES"][1]
+    text = "\n\n".join(sensitivity.sensitivity_section(stopped)).replace("\n", " ")
+    assert f"1 trainings diverged and were stopped: {first} (1 of 3)" in text
     # Nothing is said, and nothing drawn, as long as a run is missing.
     assert list(sensitivity.sensitivity_section(rows[:-1])) == [] == list(sensitivity.sensitivity_section([]))
     sensitivity.draw(rows[:-1], tmp_path / "partly.png")

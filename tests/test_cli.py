@@ -52,7 +52,7 @@ def test_command_help(command, capsys):
     text = capsys.readouterr().out
     assert f"usage: autolora {command}" in text
     option = {"push": "--private", "verify": "--samples", "release": "--keep", "export": "--format"}
-    option["convert"] = "--norm-set"
+    option |= {"convert": "--norm-set", "demo": "--space"}
     assert option.get(command, "--eps") in text
 
 

@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 import threading
-import types
 from pathlib import Path
 
 import hub_server
@@ -198,20 +197,6 @@ def test_links_to_files_outside_the_pages():
         links.rewrite("[x](https://a/b), [y](../methods.md)", "guides/a.md", None)
         == "[x](https://a/b), [y](../methods.md)"
     )
-
-
-def test_pages_that_the_navigation_does_not_list(tmp_path):
-    navigation = load("navigation", SCRIPTS / "docs_site")
-    for name in ("guides/index.md", "guides/b.md", "guides/a.md", "cli/push.md", "other.md"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("# Title")
-    nav = ["index.md", {"Guides": ["guides/index.md", {"B": "guides/b.md"}]}, {"Command line": []}]
-    config = navigation.on_config(types.SimpleNamespace(nav=nav, docs_dir=str(tmp_path)))
-    assert config.nav == [
-        "index.md",
-        {"Guides": ["guides/index.md", {"B": "guides/b.md"}, "guides/a.md"]},
-        {"Command line": ["cli/push.md"]},
-    ]
 
 
 def test_the_reference_of_the_command_line_is_up_to_date():

@@ -11,7 +11,7 @@ from PIL import Image
 from autolora_hf import load_autolora_model
 from autolora_hf.backbones import SHIPPED, load_backbone
 from autolora_hf.hub.model_card import reports_of
-from autolora_hf.quickstart import QuickstartSettings, load_digits, run_quickstart
+from autolora_hf.quickstart import NATURAL_MODEL, QuickstartSettings, load_digits, run_quickstart
 
 
 def test_digits_are_balanced_and_splits_disjoint():
@@ -62,6 +62,10 @@ def test_whole_journey_in_small(tmp_path):
     labels = torch.tensor([load_digits()["test"][index]["label"] for index in saved.sample_indices])
     with torch.no_grad():
         assert (model.pixel_space()(pixels).argmax(1) == labels).tolist() == saved.natural_correct
+
+    twin = load_autolora_model(folder / NATURAL_MODEL)
+    assert twin.training_plan["objective"] == "natural"
+    assert reports_of(twin)[0].robust_correct == natural.robust_correct
 
     card = ModelCard.load(folder / "README.md")
     values = {result.metric_name: result.metric_value for result in card.data.eval_results}

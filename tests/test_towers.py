@@ -122,6 +122,8 @@ def test_mode_adapter_saves_an_adapter_of_peft(tmp_path, kind):
 
 
 def test_exports(tmp_path):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason='needs `pip install "autolora-hf[onnx]"`')
     model = trained(adapted(mode="adapter"))
     save_plain(model, tmp_path / "plain")
     plain = CLIPVisionModelWithProjection.from_pretrained(tmp_path / "plain")

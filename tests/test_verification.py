@@ -17,7 +17,7 @@ from tiny_models import IMAGE_SIZE, MODELS, change_everything
 
 from autolora_hf import load_autolora_model
 from autolora_hf.attacks import PGD
-from autolora_hf.cli import verify
+from autolora_hf.cli import main, verify
 from autolora_hf.config import ThreatModel
 from autolora_hf.evaluation import Accuracy, RobustnessReport, attack_list, evaluate_robustness
 from autolora_hf.evaluation.autoattack import AutoAttackComponent
@@ -717,20 +717,28 @@ def test_a_release_on_the_hub(release, tmp_path, monkeypatch):
 
 def test_exit_status(release, tmp_path, capsys):
     keep(release, 0)
-    assert verify.run([str(release), "--output", str(tmp_path / "out.json")]) == 0
+    assert verify.run([str(release), "--output", str(tmp_path / "out.json")]).status == 0
     assert "Every figure holds (2 measured again)." in capsys.readouterr().out
     assert json.loads((tmp_path / "out.json").read_text())["holds"] is True
 
-    assert verify.run([str(release), "--samples", "4", "--subset-seed", "7"]) == 1
+    assert verify.run([str(release), "--samples", "4", "--subset-seed", "7"]).status == 3
     assert "UNDECIDED" in capsys.readouterr().out
 
     edit(release, inflate(12))
-    assert verify.run([str(release)]) == 1
+    assert verify.run([str(release)]).status == 1
     assert "NOT VERIFIED" in capsys.readouterr().out
 
     edit(release, lambda result: result["dataset"].update(kind="folder", name="birds"))
     with pytest.raises(ValueError, match=r"called 'birds' .* Options: `--data` and `--split`"):
         verify.run([str(release)])
+    assert main(["verify", str(release)]) == 3
+    assert "Options: `--data` and `--split`" in capsys.readouterr().err
+
+    path = release / "autolora_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "results": []}))
+    assert main(["verify", str(release)]) == 3
+    assert "there is nothing to verify" in capsys.readouterr().err
+    assert main(["verify", str(tmp_path / "nowhere")]) == 1
 
     for wrong in ([], [str(release), "--split", "test"], [str(release), "--samples", "few"]):
         with pytest.raises(SystemExit) as stop:
@@ -741,7 +749,7 @@ def test_exit_status(release, tmp_path, capsys):
 def test_images_from_the_command_line(release, published, tmp_path):
     keep(release, 0)
     published[1].save_to_disk(tmp_path / "data")
-    assert verify.run([str(release), "--data", str(tmp_path / "data")]) == 0
+    assert verify.run([str(release), "--data", str(tmp_path / "data")]).status == 0
 
 
 def test_nothing_is_changed(release):

@@ -57,7 +57,7 @@ class CifarResNet(ResNet):
     def __init__(self, *args: Any, stem_padding: int = 1, in_chans: int = 3, **kwargs: Any) -> None:
         if not 0 <= stem_padding <= 3:
             raise ValueError(f"`stem_padding` must be between 0 and 3, got {stem_padding}.")
-        super().__init__(*args, in_chans=in_chans, **kwargs)
+        super().__init__(*args, in_chans=in_chans, **kwargs)  # type: ignore[misc]  # `args` end before it
         created = {name: kwargs.get(name) for name in ("device", "dtype")}
         self.conv1 = nn.Conv2d(in_chans, self.bn1.num_features, 3, padding=stem_padding, bias=False, **created)
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -161,10 +161,16 @@ class PGD:
         start: Tensor | None = None,
         generator: torch.Generator | None = None,
         reference: Tensor | None = None,
+        losses: list[Tensor] | None = None,
     ) -> Tensor:
         """The attack itself, on pixels that are known to be right: it never makes the host wait for the device.
 
         Arguments as of calling the instance.
+
+        Args:
+            losses (`list[Tensor]`, *optional*): Gets the loss of every image, N, at each gradient of the first run:
+                that of the start first. That of the images that are returned is not among them, since it would take
+                another pass.
         """
         if generator is None:
             generator = torch.Generator(device=pixels.device).manual_seed(self.seed)
@@ -174,7 +180,7 @@ class PGD:
                 with torch.no_grad():
                     reference = logits_of(model(pixels))
                 reference = F.softmax(reference, dim=-1) if self.loss == "kl" else reference
-            best = self._run(model, pixels, labels, reference, start, generator)
+            best = self._run(model, pixels, labels, reference, start, generator, losses)
             if self.restarts > 1:
                 best_fooled, best_loss = self._outcome(model, best, labels, reference)
             for _ in range(self.restarts - 1):
@@ -194,6 +200,7 @@ class PGD:
         reference: Tensor | None,
         start: Tensor | None,
         generator: torch.Generator,
+        losses: list[Tensor] | None = None,
     ) -> Tensor:
         if start is not None:
             adversarial = start.detach().to(pixels)
@@ -202,21 +209,24 @@ class PGD:
             adversarial = (pixels + noise).clamp_(0, 1)
         else:
             adversarial = pixels
-        ball = Ball(pixels, self.threat_model)
+        ball, step_size = Ball(pixels, self.threat_model), cast(float, self.step_size)  # since `__post_init__`
         for _ in range(self.steps):
             adversarial = adversarial.detach().requires_grad_(True)
-            loss = self._losses(logits_of(model(adversarial)), labels, reference).sum()
-            (gradient,) = torch.autograd.grad(loss, adversarial)
-            adversarial = ball.ascend(adversarial.detach(), gradient, self.step_size)
+            found = self._losses(logits_of(model(adversarial)), labels, reference)
+            (gradient,) = torch.autograd.grad(found.sum(), adversarial)
+            if losses is not None:
+                losses.append(found.detach())
+            adversarial = ball.ascend(adversarial.detach(), gradient, step_size)
         return adversarial
 
     def _losses(self, logits: Tensor, labels: Tensor, reference: Tensor | None) -> Tensor:
+        """Of every image, N; `reference` is there for the losses that look at it."""
         if self.loss == "kl":
-            return F.kl_div(F.log_softmax(logits, dim=-1), reference, reduction="none").sum(-1)
+            return F.kl_div(F.log_softmax(logits, dim=-1), cast(Tensor, reference), reduction="none").sum(-1)
         if self.loss == "l2":
-            return (logits - reference).square().sum(-1)
+            return (logits - cast(Tensor, reference)).square().sum(-1)
         if self.loss == "cosine":
-            return 1 - F.cosine_similarity(logits, reference, dim=-1)
+            return 1 - F.cosine_similarity(logits, cast(Tensor, reference), dim=-1)
         losses = F.cross_entropy(logits, labels, reduction="none")
         return -losses if self.loss == "targeted" else losses
 

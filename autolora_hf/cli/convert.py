@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 
 from ..initializers.checkpoint_keys import KINDS, NORM_SETS, NORMALIZATIONS
 from ..initializers.conversion import HEADS, REPORT, convert_checkpoint, save_conversion
+from .parser import CommandParser
+from .result import CommandResult
 
 
-def run(argv: list[str]) -> None:
+# Of what `conversion.json` has.
+_SHOWN = (
+    "kind",
+    "architecture",
+    "norm_set",
+    "image_size",
+    "normalization",
+    "num_classes",
+    "head",
+    "tensors_used",
+    "dropped",
+    "notes",
+)
+
+
+def build_parser() -> CommandParser:
     kinds = "; ".join(f"{name}: {kind.title}" for name, kind in KINDS.items())
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="autolora convert",
         description="Makes a timm checkpoint folder of a robust checkpoint of the field, from a file that you have "
         "downloaded. Nothing in the file is run. Every weight is used, or dropped for a reason that is written down.",
@@ -36,7 +52,11 @@ def run(argv: list[str]) -> None:
         choices=list(NORMALIZATIONS),
         help="input normalisation of the network, where its file does not say",
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def run(argv: list[str]) -> CommandResult:
+    args = build_parser().parse_args(argv)
     conversion = convert_checkpoint(
         args.source,
         args.architecture,
@@ -61,3 +81,5 @@ def run(argv: list[str]) -> None:
         print(f"  note           {note}")
     print(f"Wrote {folder}; every name and the file's SHA-256 are in {REPORT}. Go on with\n")
     print(f"  autolora train --model {shlex.quote(str(folder))} --train-data FOLDER --output-dir OUTPUT")
+    files = {"checkpoint": str(folder), "report": str(folder / REPORT)}
+    return CommandResult({name: report[name] for name in _SHOWN} | {"files": files})

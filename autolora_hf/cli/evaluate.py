@@ -24,10 +24,12 @@ from ..modeling import AutoLoraModel
 from .data import open_data
 from .display import show_progress
 from .model import add_model_arguments, open_model
+from .parser import CommandParser
+from .result import CommandResult, report_values
 
 
-def run(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+def build_parser() -> CommandParser:
+    parser = CommandParser(
         prog="autolora evaluate",
         description="Measures natural and robust accuracy of a saved model, with 95 % confidence intervals. Under "
         "torchrun or accelerate launch the images are shared out to the processes, for instance one a GPU: "
@@ -95,6 +97,11 @@ def run(argv: list[str]) -> None:
         metavar="FILE",
         help="trainer_state.json of a checkpoint of the training, whose curves are shown in --html",
     )
+    return parser
+
+
+def run(argv: list[str]) -> CommandResult:
+    parser = build_parser()
     args = parser.parse_args(argv)
     if args.examples < 0:
         parser.error(f"--examples must not be negative, got {args.examples}")
@@ -114,19 +121,22 @@ def run(argv: list[str]) -> None:
         report, model, dataset = _measure(args, state)
     finally:
         state.destroy_process_group()
-    if state.is_main_process:
-        print(report)
-        if args.output:
-            report.save(args.output)
-        if args.html:
-            examples = None
-            if args.examples:
-                model.to(state.device if args.device is None else args.device)
-                examples = examples_figure(model, dataset, report, args.examples)
-            # Of a folder its name alone: the page may be passed on.
-            name = Path(args.model).resolve().name if Path(args.model).is_dir() else args.model
-            title = f"Robustness of {name}"
-            report.save_html(args.html, title=title, examples=examples, log_history=log_history)
+    if not state.is_main_process:
+        return CommandResult()
+    print(report)
+    if args.output:
+        report.save(args.output)
+    if args.html:
+        examples = None
+        if args.examples:
+            model.to(state.device if args.device is None else args.device)
+            examples = examples_figure(model, dataset, report, args.examples)
+        # Of a folder its name alone: the page may be passed on.
+        name = Path(args.model).resolve().name if Path(args.model).is_dir() else args.model
+        title = f"Robustness of {name}"
+        report.save_html(args.html, title=title, examples=examples, log_history=log_history)
+    files = {"report": args.output, "html": args.html, "checkpoints": args.checkpoint_dir}
+    return CommandResult({"model": args.model, **report_values(report), "files": files})
 
 
 def _measure(args: argparse.Namespace, state: PartialState) -> tuple[RobustnessReport, AutoLoraModel, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from ..factory import load_autolora_model
@@ -10,10 +9,12 @@ from ..hub.model_card import CARD, write_model_card
 from ..hub.push import push_folder
 from ..saving import fetch
 from .display import show_progress
+from .parser import CommandParser
+from .result import CommandResult
 
 
-def run(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+def build_parser() -> CommandParser:
+    parser = CommandParser(
         prog="autolora push",
         description=(
             "Publishes a saved model, its card and its pictures on the Hugging Face Hub, in one commit. A push that "
@@ -29,7 +30,11 @@ def run(argv: list[str]) -> None:
     parser.add_argument("--license", help="licence of a model that has no card yet, for instance apache-2.0")
     parser.add_argument("--base-model", help="backbone of an adapter that has no card yet, if it is not found")
     parser.add_argument("--token", help="token with write permission; the one you are logged in with otherwise")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def run(argv: list[str]) -> CommandResult:
+    args = build_parser().parse_args(argv)
 
     show_progress()
     folder = Path(args.folder)
@@ -51,3 +56,12 @@ def run(argv: list[str]) -> None:
     print(f"Published: {pushed.pr_url or pushed.commit_url}")
     name = pushed.repo_url.repo_id
     print(f'Load it with load_autolora_model("{name}"), check its figures with: autolora verify {name}')
+    return CommandResult(
+        {
+            "repository": name,
+            "commit": pushed.oid,
+            "url": pushed.commit_url,
+            "pull_request": pushed.pr_url,
+            "files": {"folder": str(folder)},
+        }
+    )

@@ -8,14 +8,16 @@ from dataclasses import fields
 from pathlib import Path
 
 from ..config import radius_argument
+from ..hub.model_card import CARD
 from ..quickstart import CURVES, EXAMPLES, REPORT, QuickstartSettings, run_quickstart
 from .display import show_progress, summary_table
+from .parser import CommandParser
+from .result import CommandResult, report_values
 
 
-def run(argv: list[str]) -> None:
-    started = time.time()
+def build_parser() -> CommandParser:
     defaults = QuickstartSettings()
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="autolora quickstart",
         description=(
             "Fine-tunes the shipped backbone robustly on MNIST digits, compares it with natural fine-tuning under "
@@ -32,7 +34,12 @@ def run(argv: list[str]) -> None:
     parser.add_argument("--test-images", type=int, default=defaults.test_images, help="test digits, up to 1000")
     parser.add_argument("--eps", type=radius_argument, default=defaults.eps, help="Linf radius in [0, 1] pixels")
     parser.add_argument("--seed", type=int, default=defaults.seed, help="seed of everything")
-    options = vars(parser.parse_args(argv))
+    return parser
+
+
+def run(argv: list[str]) -> CommandResult:
+    started = time.time()
+    options = vars(build_parser().parse_args(argv))
     folder = Path(options.pop("output_dir"))
     settings = QuickstartSettings(**{field.name: options[field.name] for field in fields(QuickstartSettings)})
 
@@ -52,4 +59,14 @@ What to do next
   use it      python -c "from autolora_hf import load_autolora_model as load; print(load('{folder}').threat_model)"
   check it    autolora verify {folder}
   your data   autolora train --model resnet50 --train-data path/to/images-by-class --output-dir my-robust-model"""
+    )
+    reports = [{"model": title, **report_values(report)} for title, report in result["reports"].items()]
+    files = {"model": folder, "card": folder / CARD, "examples": folder / EXAMPLES}
+    files |= {"training_curves": folder / CURVES, "html": folder / REPORT}
+    return CommandResult(
+        {
+            "reports": reports,
+            "seconds": result["seconds"],
+            "files": {name: str(path) for name, path in files.items()},
+        }
     )

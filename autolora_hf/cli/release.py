@@ -7,19 +7,21 @@ import logging
 import shlex
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..data import PixelDataset, as_pixel_dataset, check_class_names, check_unseen, stratified_subset, without_absent
 from ..evaluation import evaluate_robustness
 from ..evaluation.examples import draw_examples
 from ..hub.extraction import Extraction, extract_adapter, extract_for_accuracy
-from ..hub.model_card import write_model_card
+from ..hub.model_card import CARD, write_model_card
 from ..modeling import AutoLoraModel
 from ..training import AutoLoraTrainer, AutoLoraTrainingArguments
 from ..training.data import hold_out
 from .data import open_data
 from .display import show_progress
 from .model import add_model_arguments, open_model
+from .parser import CommandParser
+from .result import CommandResult, report_values
 
 
 logger = logging.getLogger(__name__)
@@ -29,8 +31,8 @@ EXAMPLES = "adversarial_examples.png"
 _VALIDATION_IMAGES, _CALIBRATION_IMAGES = 500, 1000
 
 
-def run(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+def build_parser() -> CommandParser:
+    parser = CommandParser(
         prog="autolora release",
         description=(
             "Makes a release of a trained model: measured with AutoAttack on test data, with its card and a picture. "
@@ -65,6 +67,11 @@ def run(argv: list[str]) -> None:
     parser.add_argument("--name", help="name the model will have on the Hub, 'org/name', for the card")
     parser.add_argument("--dataset-name", help="what the card calls the data")
     parser.add_argument("--license", help="licence of the release, for instance apache-2.0")
+    return parser
+
+
+def run(argv: list[str]) -> CommandResult:
+    parser = build_parser()
     args = parser.parse_args(argv)
     extracting = args.adapter_size is not None or args.keep is not None
     if args.repair_epochs and not extracting:
@@ -89,13 +96,14 @@ def run(argv: list[str]) -> None:
         validation = as_pixel_dataset(validation, model.preprocessing, name="validation data", **columns)
         check_class_names(model.label_names, validation.class_names, "validation data")
     notes = [] if test is None else check_unseen(test, {"training": train, "validation": validation}, "--data")
+    extraction = report = None
     if extracting:
         extraction = _extract(model, train, validation, args)
         print(extraction)
         model = extraction.model
     if args.repair_epochs:
         # The data as they are: the trainer augments them.
-        test = _repair(model, train.source, test, args, columns)
+        test = _repair(model, cast(PixelDataset, train).source, test, args, columns)
     if test is not None:
         samples = {"max_samples": min(args.samples, len(test)), "batch_size": args.batch_size, "seed": args.seed}
         report = evaluate_robustness(model, test, **samples)
@@ -120,6 +128,24 @@ def run(argv: list[str]) -> None:
         command=f"autolora release {shlex.join(_without_token(argv))}",
     )
     print(f"\nReleased in {folder}/. Publish it with: autolora push {folder} {args.name or 'ORG/NAME'}")
+    return CommandResult(
+        {
+            "mode": model.autolora_config.mode,
+            "adapter": extraction
+            and {
+                "values": extraction.values,
+                "full_values": extraction.full_values,
+                "size": extraction.size,
+                "explained": extraction.total_explained,
+            },
+            "test": report and report_values(report),
+            "files": {
+                "model": str(folder),
+                "card": str(folder / CARD),
+                "examples": str(folder / EXAMPLES) if figures else None,
+            },
+        }
+    )
 
 
 def _extract(model: AutoLoraModel, train: Any, validation: Any, args: argparse.Namespace) -> Extraction:
@@ -134,6 +160,7 @@ def _extract(model: AutoLoraModel, train: Any, validation: Any, args: argparse.N
         _subset(validation, _VALIDATION_IMAGES, args.seed),
         keep=args.keep,
         calibration=_subset(train, _CALIBRATION_IMAGES, args.seed),
+        progress=True,
     )
 
 
@@ -142,9 +169,9 @@ def _split(model: AutoLoraModel, train: PixelDataset, seed: int) -> tuple[PixelD
     plan = model.training_plan or {}
     total = [plan.get(key) for key in ("training_images", "validation_images")]
     fraction, used = plan.get("validation_fraction"), plan.get("seed")
-    known = all(isinstance(number, int) for number in [*total, used]) and isinstance(fraction, float)
+    known = all(isinstance(number, int) for number in total)
     train = without_absent(train)
-    if known and 0 < fraction < 1:
+    if known and isinstance(used, int) and isinstance(fraction, float) and 0 < fraction < 1:
         kept, held_out = hold_out(train, fraction, used)
         if [len(kept), len(held_out)] == total:
             return kept, held_out
@@ -161,7 +188,7 @@ def _subset(data: PixelDataset, size: int, seed: int) -> PixelDataset:
 
 def _repair(model: AutoLoraModel, train: Any, test: Any, args: argparse.Namespace, columns: dict[str, Any]) -> Any:
     """Trains the adapter on; returns the test data, checked to be none of the training data."""
-    plan = model.training_plan
+    plan = model.training_plan or {}
     with tempfile.TemporaryDirectory() as folder:
         arguments = AutoLoraTrainingArguments(
             output_dir=folder,

@@ -6,12 +6,14 @@ import argparse
 import shlex
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any, cast
 
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from ..config import AutoLoraConfig, PixelRadius, radius_argument
-from ..data import as_pixel_dataset, as_pixel_stream, is_stream
+from ..data import PixelDataset, PixelStream, as_pixel_dataset, as_pixel_stream, is_stream
 from ..factory import get_autolora_model
+from ..hub.model_card import CARD
 from ..layers import BRANCHES
 from ..objectives import OBJECTIVES, config_for
 from ..options import json_object
@@ -21,6 +23,8 @@ from ..training.method_arguments import MethodArguments
 from ..training.publishing import CURVES
 from .data import open_data
 from .display import show_progress
+from .parser import CommandParser
+from .result import CommandResult, report_values
 
 
 @dataclass
@@ -116,10 +120,14 @@ COMMON = (
 FIXED = ("eval_strategy", "save_strategy", "remove_unused_columns", "ddp_find_unused_parameters")
 
 
-def build_parser(show_all: bool = False) -> HfArgumentParser:
+class TrainParser(CommandParser, HfArgumentParser):
+    """Options from dataclasses."""
+
+
+def build_parser(show_all: bool = False) -> TrainParser:
     """Parser of the model, data and training options; `show_all`: help for the rarely needed ones too."""
-    parser = HfArgumentParser(
-        (ModelArguments, DataArguments, AutoLoraTrainingArguments),
+    parser = TrainParser(
+        cast(Any, (ModelArguments, DataArguments, AutoLoraTrainingArguments)),
         prog="autolora train",
         usage="autolora train --model MODEL --train-data DATA [options]",
         description=(
@@ -132,6 +140,9 @@ def build_parser(show_all: bool = False) -> HfArgumentParser:
     for action in parser._actions:
         if action.type is PixelRadius:
             action.type = radius_argument
+        # A list too, which the parser does not see.
+        if action.dest == "report_to":
+            action.nargs = "+"
     if not show_all:
         own = {*MethodArguments.__annotations__, *AutoLoraTrainingArguments.__annotations__}
         shown = {*own, *COMMON} - set(FIXED)
@@ -142,12 +153,14 @@ def build_parser(show_all: bool = False) -> HfArgumentParser:
     return parser
 
 
-def run(argv: list[str]) -> None:
+def run(argv: list[str]) -> CommandResult:
     if "--help-all" in argv:
         build_parser(show_all=True).print_help()
-        return
+        return CommandResult()
     parser = build_parser()
-    model_args, data, args, _ = parser.parse_args_into_dataclasses(argv)
+    model_args, data, args, _, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     main = args.process_index == 0
     show_progress(main)
     # Everything that can be wrong is read and checked before the first training step.
@@ -158,7 +171,10 @@ def run(argv: list[str]) -> None:
     # Opened once: the number of classes does not depend on the preprocessing, which is only known with the model.
     labelled = OBJECTIVES[args.objective].classifies
     if is_stream(train):
-        train = opened = as_pixel_stream(train, Preprocessing(), name="train_dataset", labelled=labelled, **columns)
+        opened: PixelDataset | PixelStream = as_pixel_stream(
+            train, Preprocessing(), name="train_dataset", labelled=labelled, **columns
+        )
+        train = opened
     else:
         opened = as_pixel_dataset(train, Preprocessing(), name="training data", labelled=labelled, **columns)
         train = opened.source
@@ -177,7 +193,7 @@ def run(argv: list[str]) -> None:
         test = trainer.prepare_test_data(test)
     trainer.train(resume_from_checkpoint=_checkpoint(args.resume_from_checkpoint))
 
-    folder = Path(args.output_dir)
+    folder, report, pushed = Path(args.output_dir), None, None
     if test is not None:
         report = trainer.evaluate_robustness(test, max_samples=min(data.test_samples, len(test)))
         if main:
@@ -193,6 +209,35 @@ def run(argv: list[str]) -> None:
     if main:
         print(f"\nSaved in {folder}/: the model, its card (README.md) and {CURVES}.")
     trainer.accelerator.end_training()
+    if not main:
+        return CommandResult()
+    return CommandResult(
+        {
+            "training_plan": trainer.plan,
+            "steps": trainer.state.global_step,
+            "skipped_steps": trainer.lr_scheduler.skipped_steps,
+            "validation": _validation(trainer),
+            "test": report and report_values(report),
+            "published": pushed
+            and {"repository": trainer.hub_model_id, "commit": pushed.oid, "url": pushed.commit_url},
+            "files": {
+                "model": str(folder),
+                "card": str(folder / CARD),
+                "training_curves": str(folder / CURVES) if (folder / CURVES).is_file() else None,
+            },
+        }
+    )
+
+
+def _validation(trainer: AutoLoraTrainer) -> dict[str, float] | None:
+    """What was measured on the validation images with the weights that were kept."""
+    state = trainer.state
+    entries = [entry for entry in state.log_history if "eval_loss" in entry]
+    kept = [entry for entry in entries if entry["step"] == state.best_global_step] or entries
+    if not kept:
+        return None
+    timings = ("_runtime", "_per_second")
+    return {key.removeprefix("eval_"): value for key, value in kept[-1].items() if not key.endswith(timings)}
 
 
 def _config(model_args: ModelArguments, objective: str) -> AutoLoraConfig:
@@ -218,7 +263,7 @@ def _checkpoint(words: str | None) -> str | bool | None:
     return {"true": True, "false": None}.get(words.lower(), words) if words is not None else None
 
 
-def _image_size(numbers: list[int] | None) -> int | list[int] | None:
+def _image_size(numbers: list[int] | None) -> Any:
     return numbers[0] if numbers is not None and len(numbers) == 1 else numbers
 
 

@@ -5,19 +5,21 @@ from __future__ import annotations
 import argparse
 
 from ..hub.remeasure import MissingDataError
-from ..hub.verification import verify_release
+from ..hub.verification import NothingPublishedError, verify_release
 from .data import open_data
 from .display import show_progress
 from .model import add_model_arguments
+from .parser import CommandParser
+from .result import DONE, FAILED, NOT_MEASURED, CommandResult, NotMeasuredError
 
 
-def run(argv: list[str]) -> int:
-    """Returns 0 if every published figure holds, else 1."""
-    parser = argparse.ArgumentParser(
+def build_parser() -> CommandParser:
+    parser = CommandParser(
         prog="autolora verify",
         description="Measures the natural and robust accuracy that a saved model publishes of itself again, with the "
         "recorded attack on the recorded images, and compares. Exit status: 0 every figure holds; 1 one does not, or "
-        "could not be measured; 2 wrong usage.",
+        "the release contradicts itself; 2 wrong usage; 3 a figure could not be measured again, or on too few images "
+        "to tell.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_model_arguments(parser)
@@ -33,6 +35,12 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--image-column", help="image column of the data set")
     parser.add_argument("--label-column", help="label column of the data set")
     parser.add_argument("--output", help="file to write the result to, as JSON")
+    return parser
+
+
+def run(argv: list[str]) -> CommandResult:
+    """The status is 0 if every published figure holds, 1 if one does not, and 3 if that is not known."""
+    parser = build_parser()
     args = parser.parse_args(argv)
     if args.split and not args.data:
         parser.error("--split is about --data; the recorded split is used without it")
@@ -54,8 +62,11 @@ def run(argv: list[str]) -> int:
             label_column=args.label_column,
         )
     except MissingDataError as error:
-        raise ValueError(f"{error} Options: `--data` and `--split`.") from error
+        raise NotMeasuredError(f"{error} Options: `--data` and `--split`.") from error
+    except NothingPublishedError as error:
+        raise NotMeasuredError(str(error)) from error
     print(result)
     if args.output:
         result.save(args.output)
-    return 0 if result.holds else 1
+    status = DONE if result.holds else FAILED if result.refuted else NOT_MEASURED
+    return CommandResult({**result.to_dict(), "files": {"verification": args.output}}, status)

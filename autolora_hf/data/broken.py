@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from ..progress import progress_bar
 from .dataset import PixelDataset
 from .folders import shorten
 from .images import BrokenImageError
@@ -56,7 +57,8 @@ def find_broken(data: PixelDataset, positions: Sequence[int] | None = None) -> l
     opaque = plain.stored.opaque
     # Decoding releases the interpreter. Data sets of others may not be made for threads.
     with ThreadPoolExecutor(1 if opaque.any() else min(8, os.cpu_count() or 1)) as threads:
-        found = list(threads.map(is_broken, range(len(plain))))
+        checked = threads.map(is_broken, range(len(plain)))
+        found = list(progress_bar(checked, total=len(plain), title="reading images", unit="image"))
     return [position for position, broken in zip(positions, found, strict=True) if broken]
 
 

@@ -70,7 +70,7 @@ class PixelDataset(Dataset):
     def __len__(self) -> int:
         return len(self._indices)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor | int]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         row = int(self._indices[index])
         key = (self.seed, int(self._epoch), row)
         try:

@@ -51,9 +51,10 @@ def describe_data(dataset: Any) -> DataDescription:
         # Where its files came from tells the repository and the commit.
         if not _is_on_hub(map(str, info.download_checksums or ()), info, found) and info.dataset_name:
             quickstart = info.dataset_name == "digits" and info.builder_name == "autolora_hf"
-            found.update(name=info.dataset_name, kind="quickstart" if quickstart else "folder")
+            found.update({"name": info.dataset_name, "kind": "quickstart" if quickstart else "folder"})
     elif isinstance(dataset, (ClassFolder, str, Path)):
-        found.update(_describe_folder(Path(dataset.root if isinstance(dataset, ClassFolder) else dataset).resolve()))
+        folder = _describe_folder(Path(dataset.root if isinstance(dataset, ClassFolder) else dataset).resolve())
+        found.update({"name": folder["name"], "kind": folder["kind"], "split": folder["split"]})
     return found
 
 
@@ -68,13 +69,13 @@ def _describe_stream(dataset: datasets.IterableDataset, leaves: list[Any], found
     if _is_on_hub(files, info, found):
         return found
     if info.dataset_name != info.builder_name:
-        found.update(name=info.dataset_name, kind="folder")
+        found.update({"name": info.dataset_name, "kind": "folder"})
         return found
     # Loaded by a format ("webdataset"), with files that have no other name than their folder. The format's own name
     # for the split, "train", says nothing. With a root even addresses and paths have something in common.
     folder = _describe_folder(Path(os.path.commonpath(["/" + os.path.dirname(file) for file in files])))
     split = None if found["split"] == "train" else found["split"]
-    found.update(name=folder["name"] or None, kind="folder", split=folder["split"] or split)
+    found.update({"name": folder["name"] or None, "kind": "folder", "split": folder["split"] or split})
     return found
 
 
@@ -92,7 +93,7 @@ def _is_on_hub(files: Iterable[str], info: datasets.DatasetInfo, found: DataDesc
     matches = (re.match(r"hf://datasets/([^@]+)@([^/]+)/", file) for file in files)
     match = next((match for match in matches if match), None)
     if match:
-        found.update(name=match[1], revision=match[2], config=info.config_name, kind="hub")
+        found.update({"name": match[1], "revision": match[2], "config": info.config_name, "kind": "hub"})
     return match is not None
 
 

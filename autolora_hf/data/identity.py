@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import numpy as np
@@ -43,8 +43,8 @@ def map_identity(dataset: Any) -> Identity:
         start = 0
         for part in dataset.datasets:
             for key, rows in map_identity(part).items():
-                merged.setdefault(key, np.full(len(dataset), -1))[start : start + len(part)] = rows
-            start += len(part)
+                merged.setdefault(key, np.full(len(dataset), -1))[start : start + len(cast(Sized, part))] = rows
+            start += len(cast(Sized, part))
         return merged
     if isinstance(dataset, datasets.Dataset):
         return arrow_identity(dataset)

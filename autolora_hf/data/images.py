@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -165,7 +165,7 @@ def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
     """
     image = _upright(image)
     if image.mode == "F" or image.mode.startswith("I"):
-        low, high = image.getextrema()
+        low, high = cast(tuple[float, float], image.getextrema())  # it has one channel
         if image.mode == "F" or low < 0 or high > 65535:
             kind = "a float image" if image.mode == "F" else "an integer image of more than 16 bits"
             raise ValueError(
@@ -249,7 +249,7 @@ def seeded(*key: int) -> Iterator[None]:
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        method = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+        method = _UPRIGHT.get(cast(int, image.getexif().get(ExifTags.Base.Orientation)))
     except Exception:  # the reader of EXIF data raises errors of every kind; the pixels are what matters
         return image
     if method is None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..progress import progress_bar
 from .dataset import PixelDataset
 from .images import BrokenImageError, seeded
 from .stored import NOT_ENCODED, StoredImages, file_digests, pixel_digest
@@ -158,7 +159,7 @@ def _same_files(first: StoredImages, second: StoredImages) -> dict[int, int]:
     rows = [np.flatnonzero(np.isin(stored.sizes, sizes)) for stored in (first, second)]
     for whole in (False, True):
         keys = [file_digests(stored, chosen, whole) for stored, chosen in zip((first, second), rows, strict=True)]
-        common = np.intersect1d(*keys)
+        common = np.intersect1d(keys[0], keys[1])
         rows = [chosen[np.isin(found, common)] for chosen, found in zip(rows, keys, strict=True)]
         keys = [found[np.isin(found, common)] for found in keys]
     return _pairs(rows[0], keys[0], rows[1], keys[1])
@@ -209,7 +210,7 @@ def _same_pixels(first: StoredImages, second: StoredImages, positions: np.ndarra
 def _pixel_keys(stored: StoredImages, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Those of `rows` that can be read, and digests of their pixels."""
     readable, keys = [], []
-    for row in rows.tolist():
+    for row in progress_bar(rows.tolist(), title="comparing images", unit="image"):
         try:
             keys.append(pixel_digest(stored.image(row)))
         except Exception:  # broken images, arrays of other kinds: checked elsewhere, equal to nothing here

@@ -8,7 +8,7 @@ import struct
 import zlib
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import numpy as np
@@ -87,7 +87,7 @@ class ArrowSource:
     def labels(self) -> list[int]:
         if not self.labelled:
             return [0] * len(self)
-        values = _column(self.dataset, self.label_column)
+        values = _column(self.dataset, cast(str, self.label_column))
         return [as_label(value, f"{self.label_column}[{i}]") for i, value in enumerate(values)]
 
     @cached_property
@@ -120,7 +120,7 @@ class MapSource:
         if labelled:
             self.image_column, self.label_column = item_columns(item, image_column, label_column, "data set")
         elif self._by_key:
-            self.image_column = typed_image_column(dict.fromkeys(item), image_column)
+            self.image_column = typed_image_column(dict.fromkeys(cast(Mapping, item)), image_column)
         else:
             self.image_column = "image"
         self.class_names = class_names_of(dataset, self.label_column) if labelled else None
@@ -149,7 +149,7 @@ class MapSource:
     def labels(self) -> list[int]:
         if not self.labelled:
             return [0] * len(self)
-        stored = _stored_labels(self.dataset, self.label_column)
+        stored = _stored_labels(self.dataset, cast(str, self.label_column))
         # A wrapper may change the labels on their way; then only the items are right.
         if stored is not None and all(self._label(i, stored[i]) == stored[i] for i in (0, len(stored) - 1)):
             return stored
@@ -204,13 +204,14 @@ def _first_readable(dataset: Any) -> Any:
 
 def decode_stored(value: Mapping | None, feature: datasets.Image) -> Image.Image:
     """The image of a row as Arrow holds it: the bytes of a file, or where it is."""
-    data, path = (value or {}).get("bytes"), (value or {}).get("path")
+    stored: Mapping[str, Any] = value or {}
+    data, path = stored.get("bytes"), stored.get("path")
     if data is None and path is None:
         raise BrokenImageError("there is no image (null)")
     if data is not None:
         image = decode_image(data)
-    elif "://" not in path:
-        image = decode_file(path)
+    elif "://" not in str(path):
+        image = decode_file(cast(str, path))
     else:
         try:
             image = datasets.Image().decode_example({"bytes": None, "path": path})
@@ -226,11 +227,12 @@ def _stored_labels(dataset: Any, label_column: str) -> list[int] | None:
         return None if parent is None else [parent[i] for i in dataset.indices]
     if isinstance(dataset, ConcatDataset):
         parts = [_stored_labels(part, label_column) for part in dataset.datasets]
-        return None if any(part is None for part in parts) else [label for part in parts for label in part]
+        known = [part for part in parts if part is not None]
+        return [label for part in known for label in part] if len(known) == len(parts) else None
     if isinstance(dataset, datasets.Dataset):
         if label_column not in dataset.column_names:
             return None
-        values = _column(dataset, label_column)
+        values: Any = _column(dataset, label_column)
     elif isinstance(dataset, TensorDataset):
         values = dataset.tensors[-1]
     elif getattr(dataset, "target_transform", None) is not None:
@@ -244,16 +246,16 @@ def _stored_labels(dataset: Any, label_column: str) -> list[int] | None:
     return labels if len(labels) == len(dataset) else None
 
 
-def class_names_of(dataset: Any, label_column: str) -> list[str] | None:
+def class_names_of(dataset: Any, label_column: str | None) -> list[str] | None:
     """The names that a data set gives its classes, in the order of their indices."""
     if isinstance(dataset, Subset):
         return class_names_of(dataset.dataset, label_column)
     if isinstance(dataset, ConcatDataset):
-        names = [class_names_of(part, label_column) for part in dataset.datasets]
-        return names[0] if all(other == names[0] for other in names) else None
+        parts = [class_names_of(part, label_column) for part in dataset.datasets]
+        return parts[0] if all(other == parts[0] for other in parts) else None
     if isinstance(dataset, datasets.Dataset):
         return getattr(dataset.features.get(label_column), "names", None)
-    names = getattr(dataset, "classes", getattr(dataset, "class_names", None))
+    names: Any = getattr(dataset, "classes", getattr(dataset, "class_names", None))
     is_list = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
     return list(names) if is_list else None
 

@@ -98,7 +98,7 @@ def stratified_split(
 
 
 def held_out_seats(
-    labels: Sequence[int], fraction: float, generator: np.random.Generator
+    labels: Sequence[int] | np.ndarray, fraction: float, generator: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """The classes, sorted, and how many samples of each [`stratified_split`] holds out."""
     if isinstance(fraction, bool) or not isinstance(fraction, numbers.Real) or not 0 < fraction < 1:
@@ -116,12 +116,12 @@ def held_out_seats(
 
 def _follow_first(labels: Sequence[int], held_out: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """The held-out samples when every group goes where its first sample was put."""
-    labels, aside = np.asarray(labels), np.zeros(len(labels), dtype=bool)
+    known, aside = np.asarray(labels), np.zeros(len(labels), dtype=bool)
     aside[held_out] = True
     aside = aside[groups]
-    for label in np.unique(labels[aside]):
-        if aside[labels == label].all():
-            aside[np.isin(groups, groups[labels == label])] = False
+    for label in np.unique(known[aside]):
+        if aside[known == label].all():
+            aside[np.isin(groups, groups[known == label])] = False
     if not aside.any():
         raise ValueError(
             f"Cannot hold out samples: the {len(labels)} samples are copies of {len(np.unique(groups))} images, and "
@@ -149,7 +149,9 @@ def stratified_subset(labels: Sequence[int], size: int, seed: int) -> list[int]:
     return _draw(labels, *subset_seats(labels, int(size), generator), generator).tolist()
 
 
-def subset_seats(labels: Sequence[int], size: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def subset_seats(
+    labels: Sequence[int] | np.ndarray, size: int, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """The classes, sorted, and how many samples of each [`stratified_subset`] takes."""
     classes, counts = np.unique(np.asarray(labels), return_counts=True)
     return classes, _apportion(counts, counts, size, generator)
@@ -174,9 +176,9 @@ def _apportion(counts: np.ndarray, room: np.ndarray, total: int, generator: np.r
 
 
 def _draw(labels: Sequence[int], classes: np.ndarray, seats: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    labels = np.asarray(labels)
+    known = np.asarray(labels)
     drawn = [
-        generator.permutation(np.flatnonzero(labels == label))[:seat]
+        generator.permutation(np.flatnonzero(known == label))[:seat]
         for label, seat in zip(classes, seats, strict=True)
     ]
     return np.sort(np.concatenate(drawn))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 from torchvision.datasets import DatasetFolder
 
+from ..progress import progress_bar
 from .images import BrokenImageError, decode_file, decode_image, to_rgb
 
 
@@ -130,7 +131,7 @@ class _ArrowFiles(StoredImages):
         if data.is_valid:
             view = memoryview(data.as_buffer())
             return view if last is None else view[-last:]
-        return _Files([path]).encoded(0, last)
+        return _Files([cast(str, path)]).encoded(0, last)
 
     def image(self, row: int) -> Image.Image:
         data, path = self._at(row)
@@ -146,7 +147,7 @@ class _ArrowFiles(StoredImages):
 
     def _opened(self, row: int) -> Image.Image:
         data, path = self._at(row)
-        return Image.open(pa.BufferReader(data.as_buffer())) if data.is_valid else _Files([path])._opened(0)
+        return Image.open(pa.BufferReader(data.as_buffer())) if data.is_valid else _Files([cast(str, path)])._opened(0)
 
     def _at(self, row: int) -> tuple[pa.Scalar, str | None]:
         row = row if self._rows is None else self._rows[row]
@@ -226,7 +227,7 @@ def stored_images(dataset: Any, image_column: str, read: Any) -> StoredImages:
             stored_images(part, image_column, lambda row, part=part: item_image(part[row], image_column))
             for part in dataset.datasets
         ]
-        return StoredRows(parts, [np.arange(len(part)) for part in dataset.datasets])
+        return StoredRows(parts, [np.arange(len(cast(Sized, part))) for part in dataset.datasets])
     if isinstance(dataset, datasets.Dataset):
         if isinstance(dataset.features.get(image_column), datasets.Image):
             files = _ArrowFiles(dataset, image_column)
@@ -237,7 +238,7 @@ def stored_images(dataset: Any, image_column: str, read: Any) -> StoredImages:
     elif isinstance(dataset, DatasetFolder):
         return _Files([path for path, _ in dataset.samples])
     else:
-        images = dataset.tensors[0] if isinstance(dataset, TensorDataset) else getattr(dataset, "data", None)
+        images: Any = dataset.tensors[0] if isinstance(dataset, TensorDataset) else getattr(dataset, "data", None)
         known = isinstance(images, (np.ndarray, Tensor)) and images.ndim in (3, 4) and len(images) == len(dataset)
         if known and (isinstance(dataset, TensorDataset) or str(images.dtype).endswith("uint8")):
             return _Arrays(images)
@@ -247,7 +248,7 @@ def stored_images(dataset: Any, image_column: str, read: Any) -> StoredImages:
 def file_digests(stored: StoredImages, rows: np.ndarray, whole: bool) -> np.ndarray:
     """64 bits of a hash of the image files of `rows`: of all their bytes, or of their size and last bytes."""
     found = np.zeros(len(rows), np.uint64)
-    for i, row in enumerate(rows):
+    for i, row in enumerate(progress_bar(rows, title="comparing image files", unit="image")):
         content = stored.encoded(int(row), None if whole else _TAIL)
         found[i] = digest(content, int(stored.sizes[row]))
     return found

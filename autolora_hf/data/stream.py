@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..pixels import Preprocessing
+from ..progress import progress_bar
 from .dataset import BrokenImages
 from .images import Augmentation, BrokenImageError, PixelTransform, seeded
 from .sources import as_label
@@ -160,7 +161,7 @@ class PixelStream(IterableDataset):
         if self.broken_images == "raise":
             return self
         broken: dict[int, str] = {}
-        for row in self._source.rows():
+        for row in progress_bar(self._source.rows(), title="reading images", unit="image"):
             content = content_hash(row.image)
             if self._is_mine(content, row.label):
                 try:
@@ -364,7 +365,12 @@ def as_pixel_stream(
         ValueError: For an `IterableDatasetDict`, streams that are empty, never end, can be read once or were split by
             node, and missing or ambiguous columns.
     """
-    options = {"seed": seed, "shuffle": shuffle, "buffer_size": buffer_size, "num_workers": num_workers}
+    options: dict[str, Any] = {
+        "seed": seed,
+        "shuffle": shuffle,
+        "buffer_size": buffer_size,
+        "num_workers": num_workers,
+    }
     options["broken_images"] = broken_images
     if isinstance(source, PixelStream):
         return source.reopen(preprocessing, augmentation, name, **options)

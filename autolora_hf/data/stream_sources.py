@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import datasets
 import numpy as np
@@ -186,7 +186,7 @@ class TorchStream:
     def rows(self, epoch: int = 0, seed: int | None = None, buffer_size: int = 1) -> Iterator[Row]:
         """See [`ArrowStream.rows`]."""
         if self.is_shuffled:
-            self.dataset.set_epoch(epoch if seed is not None else 0)
+            cast(Any, self.dataset).set_epoch(epoch if seed is not None else 0)
         rows = (self._row(position, item) for position, item in enumerate(self.dataset))
         if seed is None or self.is_shuffled:
             return rows

@@ -75,7 +75,8 @@ def check_transfers(requested: list[Any], model: nn.Module, pixels: Tensor, num_
 def resolve_attacks(
     requested: list[Any], threat_model: ThreatModel, num_classes: int, image_size: tuple[int, int], seed: int
 ) -> tuple[list[Attack], dict[str, str]]:
-    attacks, left_out = [], {}
+    attacks: list[Attack] = []
+    left_out: dict[str, str] = {}
     for entry in requested:
         if entry == "autoattack":
             components, left_out = autoattack_components(threat_model, num_classes, image_size, seed)
@@ -104,7 +105,7 @@ def attacks_in_words(attacks: list[Attack], protocol: Protocol) -> str:
     return " + ".join(parts)
 
 
-def attack_settings(requested: str | Attack, threat_model: ThreatModel, seed: int) -> dict[str, Any]:
+def attack_settings(requested: Any, threat_model: ThreatModel, seed: int) -> dict[str, Any]:
     """One attack as [`RobustnessReport.attack_settings`] records it."""
     if requested in ("autoattack", FIRST_PASS):
         return {"kind": requested}

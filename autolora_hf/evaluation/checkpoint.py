@@ -13,7 +13,7 @@ from ..checks import boolean, integer, json_object, line, list_of, number, shown
 from ..files import read_json, write_json
 
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "evaluation.json"
 PROBES = "answers.json"
 # Answers differ by less between processors and precisions; TF32 changes the third digit.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,9 +80,7 @@ def adversarial_examples_figure(
         )
     clean_answers, adversarial_answers = _answers(model, pixels), _answers(model, adversarial)
     pixels, adversarial = pixels.detach().cpu().float(), adversarial.detach().cpu().float()
-    change = adversarial - pixels
-    factor = _amplification(change.abs().max().item())
-    amplified = (0.5 + factor * change).clamp(0, 1)
+    amplified, factor = amplified_change(adversarial - pixels)
     columns = (
         ("clean", pixels, clean_answers),
         (f"perturbation \N{MULTIPLICATION SIGN} {factor}\n(grey: no change)", amplified, None),
@@ -104,7 +102,7 @@ def adversarial_examples_figure(
             axis.set_xticks([])
             axis.set_yticks([])
             if column == 0:
-                axis.set_ylabel(f"true: {named(labels[row].item())}", fontsize=9)
+                axis.set_ylabel(f"true: {named(int(labels[row]))}", fontsize=9)
             if answers is not None:
                 predicted, confidence = answers[0][row], answers[1][row]
                 correct = predicted == labels[row].item()
@@ -136,7 +134,7 @@ def training_curves_figure(
     ratios = [1.5, 1.2, 1] + [1] * has_cosines
     figure = new_figure(7.2, 8 * sum(ratios) / 3.7)
     accuracies, scalars, rates, *cosines = panels = figure.subplots(len(ratios), 1, sharex=True, height_ratios=ratios)
-    figure.get_layout_engine().set(hspace=0.04)
+    cast(Any, figure.get_layout_engine()).set(hspace=0.04)
 
     _plot(accuracies, log_history, _ACCURACIES)
     if accuracies.lines or not _series(log_history, "eval_clean_loss"):
@@ -195,11 +193,13 @@ def _answers(model: nn.Module, pixels: Tensor) -> tuple[list[int], list[float]]:
     return predicted.tolist(), confidence.tolist()
 
 
-def _amplification(largest: float) -> int:
-    """The roundest factor that makes a change of `largest` clearly visible without cutting it off."""
-    if largest == 0:
-        return 1
-    return next((factor for factor in (100, 50, 30, 20, 15, 10, 8, 5, 4, 3, 2) if factor * largest <= 0.5 + 1e-6), 1)
+def amplified_change(change: Tensor) -> tuple[Tensor, int]:
+    """A picture of a change of pixels, on grey, and the factor by which it is amplified: the roundest one that makes
+    the change clearly visible without cutting it off."""
+    largest = change.abs().max().item()
+    factors = (100, 50, 30, 20, 15, 10, 8, 5, 4, 3, 2) if largest > 0 else ()
+    factor = next((factor for factor in factors if factor * largest <= 0.5 + 1e-6), 1)
+    return (0.5 + factor * change).clamp(0, 1), factor
 
 
 def _series(log_history: Sequence[dict[str, Any]], key: str, skip_zero: bool = False) -> list[tuple[float, float]]:

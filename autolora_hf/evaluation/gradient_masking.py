@@ -15,11 +15,11 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..attacks import PGD, attack_mode
 from ..attacks.pgd import hits
-from ..config import ThreatModel
+from ..config import Norm, ThreatModel
+from ..progress import progress_bar
 from .autoattack import autoattack_components, isolated_random_state, load_library
 from .comparison import holm
 from .findings import Finding
@@ -101,7 +101,9 @@ def gradient_masking_findings(
         answers = torch.cat([subject.clean, subject.probes])
         if bool((answers == answers[:1]).all()):
             return _none_run("The model gives every image the same logits, as one with a head of zeros does.")
-        bar = tqdm(CHECKS.items(), desc="gradient masking", unit="check", disable=not progress)
+        bar = progress_bar(
+            CHECKS.items(), title="gradient masking", unit="check", is_shown=progress, delay=0, leave=True
+        )
         found = {name: check(subject) for name, check in bar}
         if found["repeatability"].outcome == "failed":
             reason = "The logits change from pass to pass, so that two of them cannot be compared."
@@ -178,9 +180,9 @@ def restarts(subject: Subject) -> Finding:
 def black_box(subject: Subject) -> Finding:
     """Whether Square, which needs no gradients, breaks images that withstood everything with gradients."""
     name = "black box"
-    size = tuple(subject.pixels.shape[-2:])
+    height, width = subject.pixels.shape[-2:]
     try:
-        _, left_out = autoattack_components(subject.threat_model, subject.num_classes, size, subject.seed)
+        _, left_out = autoattack_components(subject.threat_model, subject.num_classes, (height, width), subject.seed)
     except ImportError:
         return Finding(name, "not run", "Square needs the package pyautoattack: `pip install pyautoattack`.")
     if "Square" in left_out:
@@ -308,7 +310,7 @@ def _none_run(reason: str) -> list[Finding]:
     return [Finding(name, "not run", reason) for name in CHECKS]
 
 
-def _erasing_radius(norm: str, size: int) -> float:
+def _erasing_radius(norm: Norm, size: int) -> float:
     """A radius from which every image of `size` values can be turned into plain grey, or the largest there is."""
     radius = {"linf": 0.5, "l2": math.sqrt(size) / 2}.get(norm, size / 2)
     while True:

@@ -15,7 +15,6 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from .breakdown import class_name, frequent_confusions
-from .calibration import Calibration
 from .drawing import png
 from .figures import training_curves_figure
 from .report_figures import (
@@ -151,7 +150,7 @@ def _visible(value: Any) -> Any:
 
 def _data(report: RobustnessReport) -> str:
     """Name of the data, with configuration and split."""
-    words = [report.dataset.get(key) for key in ("name", "config", "split")]
+    words: list[Any] = [report.dataset.get(key) for key in ("name", "config", "split")]
     name, *details = (word for word in words if word) if report.dataset.get("name") else ("",)
     return f"{name} ({', '.join(details)})" if details else name
 
@@ -322,10 +321,8 @@ def _confusion(report: RobustnessReport) -> dict[str, Any] | None:
 def _calibration(report: RobustnessReport) -> dict[str, Any] | None:
     if not report.has_answers:
         return None
-    found: dict[str, Calibration] = {
-        "clean": report.calibration(),
-        "under attack": report.calibration(under_attack=True),
-    }
+    both = {"clean": report.calibration(), "under attack": report.calibration(under_attack=True)}
+    found = {name: one for name, one in both.items() if one is not None}
     values = "; ".join(
         f"{name}: mean confidence {_percent(one.confidence)}, accuracy {_percent(one.accuracy)}, ECE {one.ece:.3f}"
         for name, one in found.items()
@@ -378,7 +375,7 @@ def _examples(examples: bytes | str | os.PathLike[str] | Figure, report: Robustn
     try:
         # Pillow refuses pictures of absurd size with an error of its own kind.
         with Image.open(io.BytesIO(examples), formats=list(_KINDS)) as opened:
-            kind, (width, height) = _KINDS[opened.format], opened.size
+            kind, (width, height) = _KINDS[opened.format or ""], opened.size
     except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"`examples` is no PNG, JPEG, GIF or WebP picture: {error}") from error
     factor = min(1.0, 660 / width)

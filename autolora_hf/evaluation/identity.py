@@ -28,24 +28,24 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 def describe_evaluation(
-    model: nn.Module, views: list[AttackView], routes: list[str], samples: Samples, conditions: dict[str, Any]
+    model: nn.Module, view: AttackView, samples: Samples, conditions: dict[str, Any]
 ) -> dict[str, Any]:
     """All that the verdicts depend on but for the pixels, which are compared when they are read; as JSON types.
 
     Args:
         model (`nn.Module`): The model.
-        views (`list[AttackView]`): What the attacks see of it, for each route.
-        routes (`list[str]`): Routes of an AutoLoRa model.
+        view (`AttackView`): What the attacks see of it.
         samples (`Samples`): The images.
-        conditions (`dict`): Threat model, attacks, seed, versions.
+        conditions (`dict`): Threat model, attacks, seed, route, versions.
     """
     weights = []
-    for view, route in zip(views, routes, strict=True):
-        # Under the other route a model may have other norm statistics.
-        with model.route(route) if isinstance(model, AutoLoraModel) else nullcontext():
+    # Of every route that there is, since another one may be measured later.
+    for route in model.routes if isinstance(model, AutoLoraModel) else [None]:
+        # Under another route a model may have other norm statistics.
+        with nullcontext() if route is None else model.route(route):
             # With buffers that are not saved, such as those of the normalisation.
             weights.append(weights_digest({**dict(view.named_parameters()), **dict(view.named_buffers())}))
-    network = hashlib.sha256(_ADDRESS.sub("", repr(views)).encode()).hexdigest()
+    network = hashlib.sha256(_ADDRESS.sub("", repr(view)).encode()).hexdigest()
     return {
         "weights_sha256": " ".join(weights),
         "network_sha256": network,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,9 +39,9 @@ def zero_gradients(subject: Subject) -> Finding:
         rescaled = subject.attack(PGD(subject.threat_model), rows, start, rescaled=True)[1] <= 0
         plain = subject.attacked[10][rows] <= 0
         subject.ever_broken[rows] |= rescaled
-        more, fewer = rescaled & ~plain, plain & ~rescaled
-        hidden = sign_test(more, fewer) <= LEVEL
-        more, fewer = int(more.sum()), int(fewer.sum())
+        gained, lost = rescaled & ~plain, plain & ~rescaled
+        hidden = sign_test(gained, lost) <= LEVEL
+        more, fewer = int(gained.sum()), int(lost.sum())
     else:
         hidden = False
     none, under = int(zero.sum()), int(underflown.sum())
@@ -134,7 +135,7 @@ def _derivatives(subject: Subject) -> tuple[Tensor, list[Tensor]]:
 @contextmanager
 def _full_precision() -> Iterator[None]:
     """Without TF32, whose rounding on GPUs hides small differences."""
-    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
     before = [backend.allow_tf32 for backend in backends]
     try:
         for backend in backends:

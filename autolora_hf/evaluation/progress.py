@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..attacks import PGD
+from ..progress import progress_bar, redraw_seconds
 from .autoattack import AutoAttackComponent
 
 
@@ -31,9 +31,12 @@ class StageBar:
         self, name: str, sizes: list[int], passes: int | None, correct: Tensor | None, is_shown: bool, leave: bool
     ) -> None:
         self.sizes, self.passes, self.correct = sizes, passes, correct
-        self._finished, self._passes, self._shown = set(), 0, time.monotonic()
+        self._finished: set[Any] = set()
+        self._passes, self._shown = 0, time.monotonic()
         form = "{l_bar}{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-        self._bar = tqdm(total=sum(sizes), desc=name, unit="image", disable=not is_shown, bar_format=form, leave=leave)
+        self._bar = progress_bar(
+            total=sum(sizes), title=name, unit="image", is_shown=is_shown, delay=0, bar_format=form, leave=leave
+        )
 
     def __enter__(self) -> StageBar:
         return self
@@ -50,8 +53,7 @@ class StageBar:
     def on_pass(self) -> None:
         """The model was run on a batch that is under way."""
         self._passes += 1
-        if time.monotonic() - self._shown > 1:
-            self._shown = time.monotonic()
+        if time.monotonic() - self._shown > max(1.0, redraw_seconds()):
             if self.correct is not None:
                 self._bar.set_postfix_str(f"robust {self.correct.double().mean():.1%}", refresh=False)
             self._move(0.0 if self.passes is None else min(1.0, self._passes / self.passes))
@@ -59,7 +61,10 @@ class StageBar:
     def _move(self, share: float) -> None:
         left = next((size for index, size in enumerate(self.sizes) if index not in self._finished), 0)
         self._bar.n = sum(self.sizes[index] for index in self._finished) + share * left
-        self._bar.refresh()
+        # Where states of the bar stay, few of them are enough; the last one is drawn when it is closed.
+        if time.monotonic() - self._shown > redraw_seconds():
+            self._shown = time.monotonic()
+            self._bar.refresh()
 
 
 def passes_of(attack: Any) -> int | None:

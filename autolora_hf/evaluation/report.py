@@ -342,26 +342,29 @@ class RobustnessReport:
         if len(set(indices)) < len(indices):
             raise ValueError("Reports that share images cannot be merged.")
         attacks = []
-        for rows in zip(*(part.attacks for part in parts), strict=True):
-            if rows[0].left_out is not None:
-                attacks.append(rows[0])
+        for results in zip(*(part.attacks for part in parts), strict=True):
+            if results[0].left_out is not None:
+                attacks.append(results[0])
                 continue
-            kept = sum(round(row.accuracy * len(part.sample_indices)) for row, part in zip(rows, parts, strict=True))
+            kept = sum(
+                round(one.accuracy * len(part.sample_indices)) for one, part in zip(results, parts, strict=True)
+            )
             attacks.append(
                 AttackResult(
-                    rows[0].name,
-                    attacked=sum(row.attacked for row in rows),
-                    broken=sum(row.broken for row in rows),
+                    results[0].name,
+                    attacked=sum(one.attacked for one in results),
+                    broken=sum(one.broken for one in results),
                     accuracy=kept / len(indices),
-                    seconds=max(row.seconds for row in rows),
+                    seconds=max(one.seconds for one in results),
                 )
             )
+        per_image: dict[str, Any] = {name: merged.get(name, []) for name in _PER_IMAGE}
         report = replace(
             first,
             natural=Accuracy.from_counts(sum(natural), len(indices)),
             robust=Accuracy.from_counts(sum(robust), len(indices)),
             attacks=attacks,
-            **{name: merged.get(name, []) for name in _PER_IMAGE},
+            **per_image,
             natural_top5=_sum_of([part.natural_top5 for part in parts]),
             robust_top5=_sum_of([part.robust_top5 for part in parts]),
             # Of the first part that was diagnosed: what they found is a property of the model.
@@ -380,6 +383,7 @@ class RobustnessReport:
 
 
 def _sum_of(accuracies: Sequence[Accuracy | None]) -> Accuracy | None:
-    if None in accuracies:
+    known = [one for one in accuracies if one is not None]
+    if len(known) < len(accuracies):
         return None
-    return Accuracy.from_counts(sum(one.correct for one in accuracies), sum(one.total for one in accuracies))
+    return Accuracy.from_counts(sum(one.correct for one in known), sum(one.total for one in known))

@@ -32,7 +32,7 @@ def report_text(report: RobustnessReport) -> str:
         "versions": ", ".join(f"{name} {version}" for name, version in report.versions.items()),
     }
     blocks = ["\n".join(item_line(name, text) for name, text in head.items() if text)]
-    accuracies = {"natural": report.natural, "robust": report.robust}
+    accuracies: dict[str, Accuracy | None] = {"natural": report.natural, "robust": report.robust}
     accuracies |= {"natural, top-5": report.natural_top5, "under attack, top-5": report.robust_top5}
     if report.other_route is not None:
         route = report.other_route
@@ -40,7 +40,7 @@ def report_text(report: RobustnessReport) -> str:
     blocks.append(_accuracies({name: accuracy for name, accuracy in accuracies.items() if accuracy is not None}))
     rows = [["after", "accuracy", "broken", "seconds"]]
     for row in report.attacks:
-        if row.left_out is None:
+        if row.left_out is None and row.accuracy is not None:
             rows.append([row.name, percent(row.accuracy), f"{row.broken} of {row.attacked}", f"{row.seconds:.1f}"])
     blocks.append(aligned_table(rows))
     if report.left_out:
@@ -91,10 +91,10 @@ def _details(report: RobustnessReport) -> dict[str, str]:
 def standard_warnings(report: RobustnessReport) -> list[str]:
     """What follows from the figures of a report alone."""
     robust, found = report.robust, contradictions(report)
-    for point in report.curve.points if report.curve else ():
+    for curve, point in [(report.curve, point) for point in report.curve.points] if report.curve else ():
         if point.eps <= report.threat_model.eps * (1 + 1e-9) and point.accuracy.value < robust.value:
             found.append(
-                f"{report.curve.attack} leaves {point.accuracy.value:.2%} within eps = {point.eps:.4g}, less than the "
+                f"{curve.attack} leaves {point.accuracy.value:.2%} within eps = {point.eps:.4g}, less than the "
                 f"attacks of this report do within the larger ball ({robust.value:.2%}): they are too weak."
             )
             break

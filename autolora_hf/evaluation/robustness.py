@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,8 @@ from .zero_shot import refuse_tower
 
 
 _VERSIONS = ("torch", "timm", "transformers", "peft", "pyautoattack", "imagecorruptions-imaug", "numpy")
+# Numbers of the first stage of what is measured besides, so that it does not move what comes after it.
+_OTHER_ROUTE, _CURVE, _CORRUPTIONS = 100, 200, 300
 
 
 def evaluate_robustness(
@@ -103,8 +105,9 @@ def evaluate_robustness(
         progress (`bool`): Show a progress bar an attack, in the main process.
         checkpoint_dir (`str`, *optional*): Folder in which the verdicts on every finished batch are kept. An
             evaluation that was killed goes on from there when it is started again in the same way, with any number of
-            processes, and ends with the same report but for the times, which count those of the earlier runs. A
-            custom attack is recognised by its `repr`, which must state its settings, as that of a dataclass does.
+            processes, and ends with the same report but for the times, which count those of the earlier runs. One that
+            is finished can be asked for `curve`, `corruptions` or `route="both"` afterwards. A custom attack is
+            recognised by its `repr`, which must state its settings, as that of a dataclass does.
         diagnostics (`bool`): Look for gradient masking on a few images, see [`gradient_masking_findings`]. What is
             found stands in `report.findings`, and what failed among the warnings too.
         curve (`bool` or `Sequence[float]`): Measure robust accuracy at these radii too, in [0, 1] pixels, under PGD
@@ -142,18 +145,21 @@ def evaluate_robustness(
             check_transfers(requested, model, first, num_classes)
             if corrupted_by:
                 check_corruptible(first)
-            attacks, left_out = resolve_attacks(requested, threat_model, num_classes, tuple(first.shape[-2:]), seed)
+            height, width = first.shape[-2:]
+            attacks, left_out = resolve_attacks(requested, threat_model, num_classes, (height, width), seed)
             settings = [attack_settings(entry, threat_model, seed) for entry in requested]
             evaluation: dict[str, Any] = {}
             if processes.size > 1 or checkpoint_dir is not None:
                 conditions = {"threat_model": asdict(threat_model), "attacks": settings, "seed": seed}
-                further = {"curve": [one.eps for one in radii], "corruptions": corrupted_by, "routes": routes}
-                conditions = {**conditions, **further, "versions": _versions()}
-                evaluation = describe_evaluation(model, [one.view for one in subjects], routes, samples, conditions)
+                conditions = {**conditions, "route": routes[0], "versions": _versions()}
+                evaluation = describe_evaluation(model, view, samples, conditions)
             if checkpoint_dir is not None:
                 custom = [entry for entry, row in zip(requested, settings, strict=True) if row["kind"] == "custom"]
                 evaluation["custom_attacks"] = [settings_in_words(entry) for entry in custom]
-        check_same(processes.gather({**evaluation, "checkpoint_dir is given": checkpoint_dir is not None}))
+        # What is measured besides may be asked for later, of an evaluation that is finished: it is no part of what the
+        # verdicts of a checkpoint depend on.
+        further = {"curve": [one.eps for one in radii], "corruptions": corrupted_by, "routes": routes}
+        check_same(processes.gather({**evaluation, **further, "checkpoint_dir is given": checkpoint_dir is not None}))
         with processes.together():
             checkpoint = None
             if checkpoint_dir is not None:
@@ -173,13 +179,15 @@ def evaluate_robustness(
 
         other_route = None
         for subject in subjects[1:]:
-            stages.view, stages.target = subject.view, subject.target
+            stages.view, stages.target, stages.number = subject.view, subject.target, _OTHER_ROUTE
             other = stages.clean()
             natural = accuracy_of(other.correct)
             subject.attacked(stages, requested, attacks, threat_model, seed, other)
             other_route = RouteResult(subject.route, natural, accuracy_of(other.correct))
             stages.view, stages.target = view, target
+        stages.number = _CURVE
         found_curve = _measure_curve(stages, clean, radii, seed)
+        stages.number = _CORRUPTIONS
         found_corruptions = _measure_corruptions(stages, corrupted_by, seed)
 
         protocol: Protocol = "custom"
@@ -247,7 +255,7 @@ class _Subject:
     ) -> list[AttackResult]:
         """Runs the attacks one after the other; `answers` become those under all of them."""
         if FIRST_PASS in requested:
-            quick = AttackView(FrozenRoute(self.model, self.route, dtype=torch.bfloat16)).eval()
+            quick = AttackView(FrozenRoute(cast(AutoLoraModel, self.model), self.route, dtype=torch.bfloat16)).eval()
             attacks = [FirstPass(PGD(threat_model, seed=seed), quick), *attacks[1:]]
         return [stages.attack(attack_name(entry), entry, threat_model, answers) for entry in attacks]
 
@@ -341,7 +349,7 @@ def _diagnose(stages: Stages, correct: Tensor, threat_model: ThreatModel, num_cl
     pixels, labels = samples.read(chosen, view.device)
     if not len(rows):
         pixels, labels = pixels[:0], labels[:0]
-    options = {"seed": stages.seed, "max_images": most, "progress": stages.progress}
+    options: dict[str, Any] = {"seed": stages.seed, "max_images": most, "progress": stages.progress}
     return gradient_masking_findings(view, stages.target, pixels, labels, threat_model, num_classes, **options)
 
 

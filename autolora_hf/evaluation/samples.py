@@ -120,7 +120,8 @@ class Samples:
             found = ", ".join(f"{v} ({n} x)" for v, n in zip(values[:5].tolist(), counts.tolist(), strict=False))
             raise ValueError(
                 f"{len(outside)} of {len(self)} labels are outside 0 .. {num_classes - 1}, the classes of this model: "
-                f"{found}{', ...' if len(values) > 5 else ''}."
+                f"{found}{', ...' if len(values) > 5 else ''}. Renumber them as in training, or measure a model that "
+                "has these classes."
             )
 
 

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -106,6 +107,10 @@ class Stages:
     devices: dict[str, None] = field(default_factory=dict)
     earlier_seconds: float = 0.0
 
+    @property
+    def _folder(self) -> Path | None:
+        return None if self.checkpoint is None else self.checkpoint.folder
+
     def clean(self) -> Answers:
         """What the model says of the clean images.
 
@@ -127,24 +132,27 @@ class Stages:
             changed = [str(image) for image, here, there in rows if here != there]
             if changed:
                 raise ValueError(
-                    f"{self.checkpoint.folder} holds the verdicts of an evaluation of other images: the ones at "
+                    f"{self._folder} holds the verdicts of an evaluation of other images: the ones at "
                     f"{listed(changed)} of the data set have changed. Use another folder."
                 )
             return earlier, sum(here != there for here, there in zip(found.correct, earlier.correct, strict=True))
 
         answers, deviating = Answers.none_yet(len(self.samples)), 0
-        for index, (verdicts, deviations) in self.processes.share(classify, range(len(batches))):
-            self._note(verdicts)
-            answers.accept(verdicts, batches[index])
-            self.digests.update(zip(verdicts.sample_indices, verdicts.sample_digests, strict=True))
-            deviating += deviations
+        is_shown = self.progress and self.processes.is_main
+        with StageBar(CLEAN, [len(batch) for batch in batches], 1, None, is_shown, leave=False) as bar:
+            for index, (verdicts, deviations) in self.processes.share(classify, range(len(batches))):
+                self._note(verdicts)
+                answers.accept(verdicts, batches[index])
+                self.digests.update(zip(verdicts.sample_indices, verdicts.sample_digests, strict=True))
+                deviating += deviations
+                bar.finish([index])
         if deviating and self.processes.is_main:
             logger.warning(
                 "The model classifies %d of %d clean images otherwise than when %s was begun. If that is not "
                 "rounding, the model is another one: start in another folder.",
                 deviating,
                 len(answers.correct),
-                self.checkpoint.folder,
+                self._folder,
             )
         return answers
 
@@ -204,9 +212,7 @@ class Stages:
         number = self._next()
         known = self._known(number, name, batches)
         if known and self.processes.is_main:
-            logger.info(
-                "%s: %d of %d batches are known from %s.", name, len(known), len(batches), self.checkpoint.folder
-            )
+            logger.info("%s: %d of %d batches are known from %s.", name, len(known), len(batches), self._folder)
         for index, verdicts in known.items():
             self._note(verdicts)
             answers.accept(verdicts, batches[index], only_wrong)
@@ -292,7 +298,10 @@ class Stages:
         pixels, labels = self.samples.read(batch, self.view.device)
         logits = self.view(pixels)
         if logits.isnan().any():
-            raise ValueError(f"The model returns NaN for {logits.isnan().any(1).sum()} of {len(logits)} clean images.")
+            raise ValueError(
+                f"The model returns NaN for {logits.isnan().any(1).sum()} of {len(logits)} clean images. Check that "
+                "its weights and running statistics are finite; half precision may overflow, so try float32."
+            )
         digests = [sample_digest(image, label) for image, label in zip(pixels.cpu(), labels.tolist(), strict=True)]
         return logits, labels, digests
 
@@ -341,6 +350,7 @@ def verified(adversarial: Any, pixels: Tensor, threat_model: ThreatModel, name: 
     if distance > threat_model.eps * (1 + 1e-5) + rounding:
         raise ValueError(
             f"{name} left the ball: the {threat_model.norm} distance to the clean image is up to {distance:.6g}, the "
-            f"threat model allows {threat_model.eps:.6g}."
+            f"threat model allows {threat_model.eps:.6g}. The attack needs the same norm, a radius in [0, 1] pixels, "
+            "and no normalisation of its own: the model normalises inside."
         )
     return adversarial

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ..attacks import PGD, attack_mode
+from ..config import ThreatModel
 from ..digests import weights_digest
 from ..frozen import FrozenRoute
 from ..modeling import AutoLoraModel
@@ -55,7 +57,7 @@ class TransferAttack:
                 f"PGD(ThreatModel('linf', 8 / 255), steps={TRANSFER_STEPS})."
             )
         if self.attack is None:
-            self.attack = PGD(threat_model, steps=TRANSFER_STEPS)
+            self.attack = PGD(cast(ThreatModel, threat_model), steps=TRANSFER_STEPS)
         if not isinstance(self.attack, PGD):
             raise TypeError(f"`attack` must be a PGD, got {type(self.attack).__name__}.")
         if self.attack.loss not in ("ce", "kl"):
@@ -82,7 +84,8 @@ class TransferAttack:
     def __call__(self, model: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
         """Images of the shape, dtype and device of `pixels`, made to fool the source."""
         device = self._view.device
-        return self.attack(self._view, pixels.to(device), labels.to(device)).to(pixels)
+        attack = cast(PGD, self.attack)  # since `__post_init__`
+        return attack(self._view, pixels.to(device), labels.to(device)).to(pixels)
 
     @torch.no_grad()
     def check(self, model: nn.Module, pixels: Tensor, num_classes: int) -> None:

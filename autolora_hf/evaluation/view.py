@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ class AttackView(nn.Module):
         super().__init__()
         self.dtype = torch.float32
         if hasattr(model, "pixel_space"):
-            self.model = model.pixel_space(route=route)
+            self.model: nn.Module = cast(Any, model).pixel_space(route=route)
         else:
             self.model = model
             kinds = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..modeling import AutoLoraModel
 from ..routes import ROBUST
@@ -52,19 +53,19 @@ class ZeroShotClassifier(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         found = F.normalize(self.tower(pixels).to(self.embeddings.dtype), dim=1)
-        return self.scale * found @ self.embeddings.T
+        return self.scale * found @ cast(Tensor, self.embeddings).T
 
 
 @torch.no_grad()
 def class_embeddings(
-    model: nn.Module, tokenizer: Any, names: Sequence[str], templates: Sequence[str] = ("a photo of a {}.",)
+    model: PreTrainedModel, tokenizer: Any, names: Sequence[str], templates: Sequence[str] = ("a photo of a {}.",)
 ) -> Tensor:
     """Embeddings of classes by their names, K x D, each of length 1.
 
     Of each class, the normalised embeddings of all templates are averaged (Radford et al., ICML 2021).
 
     Args:
-        model (`nn.Module`): A whole image-text model of transformers, such as `CLIPModel`.
+        model (`PreTrainedModel`): A whole image-text model of transformers, such as `CLIPModel`.
         tokenizer: Its tokenizer.
         names (`Sequence[str]`): Names of the classes, in class order.
         templates (`Sequence[str]`): Prompts, with "{}" in the place of the name.
@@ -77,13 +78,13 @@ def class_embeddings(
     without = [template for template in templates if "{}" not in template]
     if without:
         raise ValueError(f"The template {without[0]!r} has no '{{}}' in the place of the name.")
-    length, device = model.config.text_config.max_position_embeddings, next(model.parameters()).device
+    length, device = cast(Any, model.config).text_config.max_position_embeddings, next(model.parameters()).device
     rows = []
     for name in names:
         texts = [template.replace("{}", name) for template in templates]
         # Always to the full length: SigLIP was trained so, and to CLIP what follows the end makes no difference.
         tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        found = model.get_text_features(**{key: tensor.to(device) for key, tensor in tokens.items()})
+        found = cast(Any, model).get_text_features(**{key: tensor.to(device) for key, tensor in tokens.items()})
         found = found if isinstance(found, Tensor) else found.pooler_output
         rows.append(F.normalize(found.float(), dim=1).mean(0))
     return F.normalize(torch.stack(rows), dim=1)

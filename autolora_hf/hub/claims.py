@@ -216,7 +216,7 @@ def _differences(
 ) -> list[str]:
     """What a metric says otherwise than a report; at worst everything."""
     accuracy = report.robust if robust else report.natural
-    expected = {"n_examples": accuracy.total}
+    expected: dict[str, Any] = {"n_examples": accuracy.total}
     if robust:
         threat_model = report.threat_model
         expected |= {"norm": threat_model.norm, "eps": threat_model.eps, "attack": report.attack, "seed": report.seed}

@@ -24,6 +24,7 @@ from ..attacks.pgd import attack_mode
 from ..files import write_atomically
 from ..frozen import FrozenRoute
 from ..modeling import AutoLoraModel
+from ..progress import progress_bar
 from ..routes import ROBUST
 
 
@@ -100,13 +101,16 @@ def export_onnx(
             f"The weights of this {kind} take {size / 2**30:.1f} GiB in float32, and an ONNX file can hold less than "
             "2 GiB. Export it as a checkpoint instead (`autolora export --format checkpoint`)."
         )
-    program = _traced(frozen, kind, model.preprocessing.image_size, opset)
-    _forget_traces(program.model)
-    program.model.metadata_props.update(_metadata(model, route))
-    used = program.model.opset_imports[""]
-    content = program.model_proto.SerializeToString()
-    del program, frozen
-    difference, count = _compare(live.pixel_space(route), _runner(content, kind), live.preprocessing.image_size)
+    with progress_bar(title="ONNX export", unit="part", total=3) as bar:
+        program = _traced(frozen, kind, model.preprocessing.image_size, opset)
+        bar.update()
+        _forget_traces(program.model)
+        program.model.metadata_props.update(_metadata(model, route))
+        used = program.model.opset_imports[""]
+        content = program.model_proto.SerializeToString()
+        del program, frozen
+        bar.update()
+        difference, count = _compare(live.pixel_space(route), _runner(content, kind), live.preprocessing.image_size)
     # So written, since any comparison with NaN is false.
     if not difference <= tolerance:
         raise ValueError(
@@ -159,7 +163,7 @@ def _traced(network: nn.Module, kind: str, image_size: tuple[int, int], opset: i
     try:
         with torch.no_grad(), _quiet():
             network(example)  # fills what layers cache, which is constant from here on
-            program = torch.onnx.export(
+            program: Any = torch.onnx.export(
                 network,
                 (example,),
                 input_names=["pixels"],

@@ -194,6 +194,7 @@ def extract_for_accuracy(
     precision: float = 0.1,
     attack: PGD | None = None,
     stock_peft: bool | None = None,
+    progress: bool = False,
 ) -> Extraction:
     """The smallest adapter that keeps a share of the robust accuracy that training gained over the base.
 
@@ -208,6 +209,7 @@ def extract_for_accuracy(
         max_size (`float`): Largest size to try.
         precision (`float`): The search ends when the sizes next to the answer are this close, relatively.
         attack (`PGD`, *optional*): `None`: PGD with 20 steps under the model's threat model.
+        progress (`bool`): Show a progress bar for each size that is measured.
 
     Returns:
         The [`Extraction`]; `points` has every size that was measured, with the base (size 0) and the full model (1).
@@ -230,7 +232,7 @@ def extract_for_accuracy(
     attack = attack or PGD(threat_model, steps=20)
 
     def measure(network: nn.Module, values: int) -> SizePoint:
-        report = evaluate_robustness(network, validation, threat_model, attack, progress=False, diagnostics=False)
+        report = evaluate_robustness(network, validation, threat_model, attack, progress=progress, diagnostics=False)
         return SizePoint(values / change.full_values, values, report.natural, report.robust)
 
     base = nn.Sequential(Normalize(model.preprocessing), copy.deepcopy(change.base))
@@ -334,7 +336,9 @@ def _build(change: WeightChange, ranks: dict[str, int]) -> AutoLoraModel:
             label_names=source.label_names,
             threat_model=source.threat_model,
         )
-    origin = {key: source.backbone[key] for key in ("image_size", "resampled") if key in source.backbone}
+    origin: dict[str, Any] = {
+        key: source.backbone[key] for key in ("image_size", "resampled") if key in source.backbone
+    }
     if change.name == source.backbone["name_or_path"]:
         origin["revision"] = source.backbone["revision"]
     model.backbone.update(origin, name_or_path=change.name)

@@ -272,7 +272,7 @@ def _rank(config: AutoLoraConfig) -> str:
     """What was set of the branches, as text."""
     names = {"r": "r", "lora_alpha": "alpha"}
     values = {name: getattr(config, field) for field, name in names.items() if field in config.kind.fields}
-    shown = [f"{name} = {value}" for name, value in {**values, **config.branch_args}.items()]
+    shown = [f"{name} = {value}" for name, value in {**values, **(config.branch_args or {})}.items()]
     return " and ".join(shown) or "PEFT's defaults"
 
 
@@ -311,8 +311,8 @@ def _metadata(
     extra: dict[str, Any] = {"base_model": base, "base_model_relation": relation} if base else {}
     sources = [report.dataset for report in results] + [(model.training_plan or {}).get("training_data")]
     # A stranger's plan may hold anything.
-    known = [source for source in sources if isinstance(source, Mapping) and isinstance(source.get("name"), str)]
-    on_hub = [source["name"] for source in known if source.get("kind") == "hub"] + datasets
+    named = [source for source in sources if isinstance(source, Mapping) and isinstance(source.get("name"), str)]
+    on_hub = [source["name"] for source in named if source.get("kind") == "hub"] + datasets
     if on_hub:
         extra["datasets"] = list(dict.fromkeys(on_hub))
     metrics = [metric for report in results for metric in _metrics(report, dataset)]
@@ -332,7 +332,7 @@ def _metadata(
 def _metrics(report: RobustnessReport, dataset: str | None) -> list[EvalResult]:
     """Natural accuracy and, if it is one to publish, robust accuracy, each with its interval."""
     on_hub = report.dataset.get("kind") == "hub"
-    common = {
+    common: dict[str, Any] = {
         "task_type": "image-classification",
         "task_name": "Image classification",
         "dataset_type": report.dataset["name"] if on_hub else "image-folder",
@@ -342,7 +342,7 @@ def _metrics(report: RobustnessReport, dataset: str | None) -> list[EvalResult]:
         "dataset_revision": report.dataset.get("revision"),
         "metric_type": "accuracy",
     }
-    size = {"n_examples": report.natural.total}
+    size: dict[str, Any] = {"n_examples": report.natural.total}
     threat = {
         "norm": report.threat_model.norm,
         "eps": report.threat_model.eps,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from ..attacks.pgd import forget_cached
 from ..data import PixelDataset, as_pixel_dataset, collate, describe_data, is_test_split, stratified_subset
 from ..frozen import FrozenRoute
 from ..modeling import AutoLoraModel
+from ..progress import progress_bar
 from ..routes import ROBUST
 
 
@@ -46,7 +47,8 @@ def adversarial_examples(
     device = next(model.parameters()).device
     attack, target = attack or PGD(model.threat_model), FrozenRoute(model, ROBUST)
     found = []
-    for part in order.split(batch_size):
+    parts = order.split(batch_size)
+    for part in progress_bar(parts, title="adversarial examples for running statistics", unit="batch"):
         batch = collate([data[chosen[index]] for index in part.tolist()])
         found.append(attack(target, batch["pixel_values"].to(device), batch["labels"].to(device)))
     return torch.cat(found)
@@ -72,7 +74,7 @@ def set_statistics(model: AutoLoraModel, pixels: Tensor, batch_size: int = 125) 
         # Equal parts, since each counts the same.
         for count, batch in enumerate(pixels.chunk(math.ceil(len(pixels) / batch_size)), start=1):
             for norm in norms:
-                norm.momentum = 1 / count
+                cast(Any, norm).momentum = 1 / count
             view(batch)
     finally:
         for module, training in modes:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Literal, overload
 
 import huggingface_hub
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
@@ -33,6 +34,34 @@ _KEPT_BACK = ("training_args.json", "trainer_state.json")
 # Files of an earlier model in a repository, which a library would take for the new one.
 REPLACED = (*RELEASE_FILES, "*.onnx")
 _ATTEMPTS = 10
+
+
+@overload
+def push_folder(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = "Upload robust model",
+    create_pr: bool = False,
+    run_as_future: Literal[False] = False,
+) -> CommitInfo: ...
+
+
+@overload
+def push_folder(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = "Upload robust model",
+    create_pr: bool = False,
+    run_as_future: bool,
+) -> CommitInfo | Future[CommitInfo]: ...
 
 
 def push_folder(
@@ -73,7 +102,13 @@ def push_folder(
     record = Record.read(folder)
     check_files(folder, record)
     message = commit_message or "Upload robust model"
-    options = {"private": private, "token": token, "revision": revision, "message": message, "create_pr": create_pr}
+    options: dict[str, Any] = {
+        "private": private,
+        "token": token,
+        "revision": revision,
+        "message": message,
+        "create_pr": create_pr,
+    }
     if not run_as_future:
         return _push(folder, repo_id, **options)
     kept = kept_as_it_is(folder, _published(folder))
@@ -127,7 +162,9 @@ def _commit(api: HfApi, folder: Path, repo_id: str, revision: str | None, messag
         head = api.model_info(repo_id, revision=revision).sha
         old = filter_repo_objects(api.list_repo_files(repo_id, revision=head), allow_patterns=list(REPLACED))
         # Made anew each time, since they remember what was on the Hub.
-        operations = [CommitOperationDelete(name, is_folder=False) for name in sorted(set(old) - set(names))]
+        operations: list[Any] = [
+            CommitOperationDelete(name, is_folder=False) for name in sorted(set(old) - set(names))
+        ]
         operations += [CommitOperationAdd(name, folder / name) for name in names]
         try:
             return api.create_commit(

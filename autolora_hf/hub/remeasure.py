@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +95,7 @@ class Sources:
         self, given: Any, model: AutoLoraModel, image_column: str | None = None, label_column: str | None = None
     ) -> None:
         self._given, self._model = given, model
-        self._columns = {"image_column": image_column, "label_column": label_column}
+        self._columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
         self._opened: dict[tuple[tuple[str, Any], ...], Images] = {}
 
     def of(self, report: RobustnessReport) -> Images:
@@ -123,7 +123,8 @@ class Sources:
 
 def _recorded(report: RobustnessReport) -> Any:
     """The data set that a report names, if anybody can have it."""
-    name, kind, split = (report.dataset.get(key) for key in ("name", "kind", "split"))
+    description: Mapping[str, Any] = report.dataset
+    name, kind, split = (description.get(key) for key in ("name", "kind", "split"))
     if kind == "quickstart" and split in ("train", "test"):
         # Not at the top: the quickstart publishes models itself, and so is above this module.
         from ..quickstart import load_digits
@@ -134,9 +135,9 @@ def _recorded(report: RobustnessReport) -> Any:
         config, revision = report.dataset.get("config"), report.dataset.get("revision")
         at = f" at {revision}" if revision else ""
         logger.info("Loading the recorded data from the Hub: %s, split %s%s.", name, split, at)
-        return load_source(name, split, config=config, revision=revision)
+        return load_source(cast(str, name), split, config=config, revision=revision)
     where = {"folder": "a folder", "hub": "a data set on the Hub", "quickstart": "the digits"}.get(
-        kind, "data in memory"
+        str(kind), "data in memory"
     )
     called = " that is" + (f" called {name!r}" if name else " not named")
     parts = [f"split {split!r}"] if split else []
@@ -198,7 +199,7 @@ def remeasure(
         batch_size (`int`, *optional*), device (*optional*), progress (`bool`): See [`verify_release`].
     """
     positions, rows = choose_images(report, _labels(images), max_samples, seed)
-    attacks = [rebuild_attack(settings, report.threat_model) for settings in report.attack_settings]
+    attacks: list[Any] = [rebuild_attack(settings, report.threat_model) for settings in report.attack_settings]
     can_attack = bool(attacks) and None not in attacks
     measured = evaluate_robustness(
         model,

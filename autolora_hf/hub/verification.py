@@ -29,6 +29,10 @@ from .remeasure import Figure, MissingDataError, Sources, remeasure, unmeasured
 _LARGEST_CARD = 4 << 20
 
 
+class NothingPublishedError(ValueError):
+    """There is no measurement that could be repeated."""
+
+
 @dataclass(frozen=True)
 class Check:
     """Something that must be right for the figures to mean anything, and that needs no data.
@@ -71,6 +75,13 @@ class Verification:
         """Whether every check is right, and every figure was measured again and holds."""
         checked = all(check.holds for check in self.checks)
         return checked and bool(self.figures) and all(figure.verdict == "holds" for figure in self.figures)
+
+    @property
+    def refuted(self) -> bool:
+        """Whether a check is wrong, or a figure does not hold. A figure that was not or could not be measured again
+        refutes nothing: then neither `holds` nor this is true."""
+        checked = all(check.holds for check in self.checks)
+        return not checked or any(figure.verdict == "fails" for figure in self.figures)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON types."""
@@ -171,19 +182,25 @@ def verify_release(
     Raises:
         FileNotFoundError, PermissionError, OSError: See [`load_autolora_model`].
         MissingDataError: A `ValueError`: the data are not public and none were given; the message names them.
-        ValueError: If the release publishes no measurement, or is damaged or hostile.
+        NothingPublishedError: A `ValueError`: the release publishes no measurement.
+        ValueError: If the release is damaged or hostile.
     """
     for name, value, least in (("max_samples", max_samples, 1), ("subset_seed", subset_seed, 0)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
-    hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    hub: dict[str, Any] = {
+        "revision": revision,
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+    }
     directory, record = saving.fetch(name_or_path, **hub)
     commit = commit_of(directory)
     # Whatever is read from here on is of the commit whose record was read.
     hub["revision"] = commit or revision
     card = _read_card(name_or_path, directory, hub)
     if not record.results:
-        raise ValueError(_nothing_to_verify(name_or_path, card))
+        raise NothingPublishedError(_nothing_to_verify(name_or_path, card))
     claims, malformed = read_claims(record)
     card_check = _card_check(card, [claim.report for claim in claims])
     model = load_autolora_model(name_or_path, base_model=base_model, **hub)

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from ..digests import backbone_digest
 from ..layers import weight_name
 from ..layout import base_tensors
 from ..modeling import AutoLoraModel
+from ..progress import progress_bar
 from ..routes import ROBUST
 from ..towers import is_recorded_tower
 
@@ -116,7 +118,7 @@ class WeightChange:
         self.whole = self._carried_whole(changed, {*self.heads, *norms}, candidates)
         self.layers: dict[str, LayerChange] = {}
         carried = {f"{n}.{key}" for n in (*self.heads, *norms, *self.whole) for key in self.modules[n].state_dict()}
-        for name in candidates:
+        for name in progress_bar(candidates, title="decomposing the weight change", unit="layer"):
             key = f"{name}.{weight_name(self.modules[name])}"
             if key in changed:
                 stock = targets.in_stock_peft(self.modules[name], uses[name])
@@ -177,7 +179,9 @@ class WeightChange:
             if rank is not None:
                 choices[stock_only] = {name: min(rank, len(layer.sigma)) for name, layer in layers.items()}
             else:
-                choices[stock_only] = greedy_ranks(layers, math.floor(size * self.full_values + 1e-6) - self.fixed)
+                choices[stock_only] = greedy_ranks(
+                    layers, math.floor(cast(float, size) * self.full_values + 1e-6) - self.fixed
+                )
         gains = {key: sum(self.explained(ranks).values()) for key, ranks in choices.items()}
         if not any(choices.values()):
             smallest = self.smallest_size(stock_peft)

@@ -127,7 +127,7 @@ def _check_archive(content: bytes, path: Path) -> None:
 
 def _load(content: bytes, path: Path) -> Any:
     try:
-        with torch.serialization.safe_globals(_STAND_INS):
+        with torch.serialization.safe_globals(list[Any](_STAND_INS)):
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a crafted file makes of the reader
         message = str(error)

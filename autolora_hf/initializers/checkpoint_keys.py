@@ -80,7 +80,8 @@ class Keys:
         Raises:
             ValueError: If two tensors would have one name.
         """
-        tensors, original = {}, {}
+        tensors: dict[str, Any] = {}
+        original: dict[str, str] = {}
         for name, tensor in self.tensors.items():
             new = re.sub(pattern, replacement, name, count=1)
             if new in tensors:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 from peft import LoraConfig, PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -111,7 +111,7 @@ _RANK = integer(1, _MOST)
 
 def _pefts(title: str, where: str = _PLAIN, name: str | None = None, **options: Any) -> BranchKind:
     name = name or title.lower()
-    options.setdefault("config", PEFT_TYPE_TO_CONFIG_MAPPING.get(name.upper()))
+    options.setdefault("config", cast(dict[str, Any], PEFT_TYPE_TO_CONFIG_MAPPING).get(name.upper()))
     fits = {_PLAIN: _plain, _LINEAR: _plain_linear, _SEQUENCES: _sequence_linear}[where]
     return BranchKind(name, title, fits, where, **options)
 

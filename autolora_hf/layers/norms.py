@@ -13,10 +13,12 @@ class FixedStatistics:
     The Frozen net of TWINS (Liu, Xu, Ji, Chan, CVPR 2023) normalises so.
     """
 
+    training: bool
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         training, self.training = self.training, False
         try:
-            return super().forward(*args, **kwargs)
+            return super().forward(*args, **kwargs)  # type: ignore[misc]  # of the norm that this is mixed into
         finally:
             self.training = training
 

@@ -50,7 +50,8 @@ def in_stock_peft(module: nn.Module, use: Use) -> bool:
     if isinstance(module, nn.Linear):
         return type(module).forward in (nn.Linear.forward, TimmLinear.forward)
     return (
-        type(module) in (nn.Conv2d, Conv2dSame)
+        isinstance(module, nn.Conv2d)
+        and type(module) in (nn.Conv2d, Conv2dSame)
         and module.groups == 1
         and module.dilation == (1, 1)
         and module.padding_mode == "zeros"

@@ -50,14 +50,13 @@ class AsymmetricRegularization(Objective):
     )
     routes: ClassVar[tuple[str, ...]] = (ROBUST, NATURAL)
     config: ClassVar[dict[str, Any]] = {"natural_route": "plain", "norm": "split", "stop_gradient": False}
-    uses_scalars: ClassVar[bool] = True
+    uses_scalars = True
     scalars: ClassVar[tuple[str, ...]] = ("lambda1",)
     milestones: ClassVar[tuple[float, ...]] = (3 / 4, 9 / 10)
 
     def __post_init__(self) -> None:
         if not self.gamma >= 0:
             raise ValueError(f"`gamma` must not be negative, got {self.gamma}.")
-        self._predictors: nn.ModuleList | None = None
 
     def prepare(self, model: AutoLoraModel, seed: int) -> None:
         super().prepare(model, seed)
@@ -76,7 +75,7 @@ class AsymmetricRegularization(Objective):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             predictors = nn.ModuleList(predictor(width) for width in widths)
-        self._predictors = predictors.to(reference)
+        self._predictors: nn.ModuleList = predictors.to(reference)
         model.auxiliary[PREDICTORS] = self._predictors
 
     def __call__(self, forward: RouteForward, batch: Batch, scalars: LossScalars) -> ObjectiveOutput:

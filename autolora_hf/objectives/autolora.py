@@ -34,7 +34,7 @@ class AutoLora(Objective):
     )
     routes: ClassVar[tuple[str, ...]] = (ROBUST, NATURAL)
     config: ClassVar[dict[str, Any]] = {}
-    uses_scalars: ClassVar[bool] = True
+    uses_scalars = True
     schedule: ClassVar[str] = "plateau"
 
     def adversarial_term(self, clean: Tensor, robust: Tensor, labels: Tensor, scalars: LossScalars) -> Tensor:

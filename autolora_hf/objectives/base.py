@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..attacks.pgd import AttackLoss
 from ..checks import listed
 from ..routes import ROBUST
 from ..schedules import LossScalars
@@ -41,13 +42,14 @@ ADVICE = (
 
 @dataclass(frozen=True)
 class Batch:
-    """Clean images, their adversarial versions (`None` if the objective asks for none) and labels.
+    """Clean images, their adversarial versions and labels.
 
     Shapes: N x 3 x H x W in [0, 1], the same, and N. `reference` is what [`Objective.reference`] gave for the images.
+    An objective that does not ask for adversarial images, by `needs_adversarial`, finds `None` in their place.
     """
 
     pixels: Tensor
-    adversarial: Tensor | None
+    adversarial: Tensor
     labels: Tensor
     reference: Tensor | None = None
 
@@ -98,7 +100,7 @@ class Objective:
     scalars: ClassVar[tuple[str, ...]] = ("lambda1", "lambda2")
     classifies: ClassVar[bool] = True
     selection_metric: ClassVar[str] = "robust_accuracy"
-    attack_loss: str = "ce"
+    attack_loss: AttackLoss = "ce"
     schedule: ClassVar[str] = "milestones"
     milestones: ClassVar[tuple[float, ...]] = (1 / 2, 5 / 6)
     warmup: ClassVar[float] = 0.0

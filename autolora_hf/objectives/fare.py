@@ -34,6 +34,7 @@ class _EmbeddingObjective(Objective):
     optimizer: ClassVar[str] = "adamw_torch"
 
     def losses(self, outputs: Tensor, labels: Tensor, reference: Tensor | None) -> Tensor:
+        assert reference is not None  # these objectives have one
         return distances(self.attack_loss, outputs, reference)
 
 
@@ -68,12 +69,11 @@ class Fare(_EmbeddingObjective):
         if self.distance not in ("l2", "cosine"):
             raise ValueError(f"`distance` must be 'l2' or 'cosine', got {self.distance!r}.")
         self.attack_loss = self.distance
-        self._teacher: FrozenRoute | None = None
 
     def prepare(self, model: AutoLoraModel, seed: int) -> None:
         super().prepare(model, seed)
         # Never refreshed: it stays what the tower was before training.
-        self._teacher = FrozenRoute(model, ROBUST)
+        self._teacher: FrozenRoute = FrozenRoute(model, ROBUST)
 
     def describe(self) -> dict[str, Any]:
         # A resumed run that was given other weights has another teacher, which then is said.
@@ -86,6 +86,7 @@ class Fare(_EmbeddingObjective):
         return self._teacher.to(pixels.device)(pixels)
 
     def __call__(self, forward: RouteForward, batch: Batch, scalars: LossScalars) -> ObjectiveOutput:
+        assert batch.reference is not None  # what `reference` gave
         found = forward(ROBUST, batch.adversarial)
         loss = distances(self.distance, found, batch.reference).mean()
         return ObjectiveOutput(loss, {"embedding_distance": loss.detach()})
@@ -111,7 +112,7 @@ class SimClip(_EmbeddingObjective):
         "[Sim-CLIP](https://arxiv.org/abs/2407.14971) (Hossain & Imteaj, 2024): without labels, embeddings of "
         "attacked and of clean images by the same tower are drawn together."
     )
-    attack_loss: ClassVar[str] = "cosine"
+    attack_loss = "cosine"
 
     def prepare(self, model: AutoLoraModel, seed: int) -> None:
         super().prepare(model, seed)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..attacks import PGD
 from ..attacks.pgd import attack_mode, hits
 from ..modeling import AutoLoraModel
+from ..progress import progress_bar
 from ..routes import ROBUST
 from ..schedules import cosine
 from .base import Finished, Finisher
@@ -77,7 +78,7 @@ class RiFT(Finisher):
         self._fine_tune(finished, parameters)
         after = _copied(parameters)
         best, best_natural = 0.0, natural
-        for point in range(self.points, 0, -1):
+        for point in progress_bar(range(self.points, 0, -1), title="RiFT: interpolation", unit="point"):
             share = point / self.points
             _set_between(parameters, before, after, share)
             robust_there, natural_there = accuracies(model, finished.validation, finished.attack)
@@ -119,7 +120,7 @@ class RiFT(Finisher):
                 break
         base = self._loss(model, batches)
         found = {}
-        for name, parameters in modules.items():
+        for name, parameters in progress_bar(modules.items(), title="RiFT: criticality", unit="module"):
             before = _copied(parameters)
             size = _length(before.values())
             highest = base
@@ -130,7 +131,7 @@ class RiFT(Finisher):
                     break
                 with torch.no_grad():
                     for parameter, gradient in zip(parameters.values(), gradients, strict=True):
-                        parameter += gradient * (self.radius * size / self.steps * 2 / length)
+                        parameter.add_(gradient * (self.radius * size / self.steps * 2 / length))
                     _project(parameters, before, self.radius * size)
                 highest = max(highest, self._loss(model, batches))
             _set_between(parameters, before, before, 0.0)
@@ -167,7 +168,7 @@ class RiFT(Finisher):
         epochs = max(1, round(finished.epochs / 6 if self.epochs is None else self.epochs))
         curve = cosine()
         optimizer = torch.optim.SGD(parameters.values(), lr=self.learning_rate, momentum=0.9)
-        for epoch in range(epochs):
+        for epoch in progress_bar(range(epochs), title="RiFT: fine-tuning", unit="epoch"):
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rate * curve(epoch / epochs)
             for pixels, labels in finished.train():

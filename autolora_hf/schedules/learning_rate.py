@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 
+HalvingRule = Literal["paper", "released"]
+
 # The paper's setting for its main tables.
 PAPER_EPOCHS, PAPER_INTERVAL = 60, 4
 # Optimiser steps an epoch of the smallest training set in the paper has (DTD: 1,880 images in batches of 128).
@@ -69,7 +71,7 @@ class PlateauHalving:
 
     checkpoints: list[int]
     rho: float = 0.75
-    rule: Literal["paper", "released"] = "paper"
+    rule: HalvingRule = "paper"
     chance: float = 0.0
     history: list[float] = field(default_factory=list)
     best_at_checkpoint: float | None = None

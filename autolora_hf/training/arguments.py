@@ -5,19 +5,28 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import OptimizerNames
 
 from .. import checkpointing
 from ..attacks import PGD
-from ..config import PixelRadius, ThreatModel
+from ..attacks.pgd import AttackLoss
+from ..config import Norm, PixelRadius, ThreatModel
 from ..data import Augmentation
 from ..objectives import OBJECTIVES
 from .label_free import selectable_metrics
 from .method_arguments import MethodArguments
+
+
+# `PixelRadius` is what reads a command line. Python code gives, and finds, numbers.
+if TYPE_CHECKING:
+    Radius = float
+else:
+    Radius = PixelRadius
 
 
 @dataclass
@@ -29,13 +38,17 @@ class AutoLoraTrainingArguments(MethodArguments, TrainingArguments):
     every epoch, and the weights of the best robust validation accuracy at the end.
     """
 
+    if TYPE_CHECKING:
+        # `TrainingArguments` allows `None` and replaces it.
+        output_dir: str = ""
+
     threat_norm: str = field(default="linf", metadata={"help": "Norm of the threat model: 'linf', 'l2' or 'l1'."})
-    eps: PixelRadius = field(
+    eps: Radius = field(
         default=PixelRadius("8/255"),
         metadata={"help": "Radius of the threat model in [0, 1] pixels; '8/255' is understood."},
     )
     attack_steps: int = field(default=10, metadata={"help": "PGD steps of the training attack."})
-    attack_step_size: PixelRadius | None = field(
+    attack_step_size: Radius | None = field(
         default=None, metadata={"help": "PGD step in [0, 1] pixels. Default: eps / 4 (the paper's 2/255 at 8/255)."}
     )
     eval_attack_steps: int = field(default=10, metadata={"help": "PGD steps on the validation set, each epoch."})
@@ -94,11 +107,11 @@ class AutoLoraTrainingArguments(MethodArguments, TrainingArguments):
     label_column: str | None = field(default=None, metadata={"help": "Label column; found by its type by default."})
 
     # Defaults of `TrainingArguments` that AutoLoRa changes.
-    num_train_epochs: float | None = field(
+    num_train_epochs: float | None = field(  # type: ignore[assignment]  # filled in by the trainer
         default=None,
         metadata={"help": "Number of epochs. Default: the paper's 60, more if an epoch has under 15 steps."},
     )
-    learning_rate: float | None = field(
+    learning_rate: float | None = field(  # type: ignore[assignment]  # filled in by `resolve_optimizer`
         default=None,
         metadata={
             "help": "Learning rate at the start; --schedule moves it. Default: 0.01, for adapters 0.005; another one "
@@ -106,7 +119,7 @@ class AutoLoraTrainingArguments(MethodArguments, TrainingArguments):
         },
     )
     weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay, on every parameter."})
-    optim: str | None = field(
+    optim: str | None = field(  # type: ignore[assignment]  # filled in by `resolve_optimizer`
         default=None,
         metadata={"help": "Optimizer. Default: SGD with momentum 0.9; AdamW for adapters, fare and sim-clip."},
     )
@@ -128,7 +141,7 @@ class AutoLoraTrainingArguments(MethodArguments, TrainingArguments):
             "without the interruption; or the folder of a checkpoint. In Python an argument of `train`."
         },
     )
-    dataloader_num_workers: int | None = field(
+    dataloader_num_workers: int | None = field(  # type: ignore[assignment]  # filled in by `resolve_workers`
         default=None,
         metadata={
             "help": "Processes that read images. Default: with a GPU up to 8, as the CPU cores allow, which stay from "
@@ -172,7 +185,7 @@ class AutoLoraTrainingArguments(MethodArguments, TrainingArguments):
         if self.warmup_steps and self.learning_rate_schedule != "cosine":
             raise ValueError(
                 f"`warmup_steps={self.warmup_steps}` would have no effect: the schedule is "
-                f"{self.learning_rate_schedule!r}."
+                f"{self.learning_rate_schedule!r}. Leave it out, or use `schedule='cosine'` (`--schedule cosine`)."
             )
         strategies = [getattr(value, "value", value) for value in (self.eval_strategy, self.save_strategy)]
         if strategies != ["epoch", "epoch"]:
@@ -209,7 +222,7 @@ class AutoLoraTrainingArguments(MethodArguments, TrainingArguments):
         self._check_checkpointing()
 
     def _check_checkpointing(self) -> None:
-        options = dict(self.activation_checkpointing_kwargs or {})
+        options: dict[str, Any] = dict(cast(Any, self.activation_checkpointing_kwargs) or {})
         every_n_layers = options.pop("every_n_layers", 1)
         options.pop("offload", None)
         checkpointing.check_options(options, every_n_layers)
@@ -249,8 +262,7 @@ class AutoLoraTrainingArguments(MethodArguments, TrainingArguments):
         if self.optim == OptimizerNames.SGD and self.optim_args is None:
             self.optim_args = "momentum=0.9"
         if self.learning_rate is None:
-            published = OBJECTIVES[self.objective].learning_rate or 0.01
-            self.learning_rate = published if mode == "full" else 0.005
+            self.learning_rate = (OBJECTIVES[self.objective].learning_rate or 0.01) if mode == "full" else 0.005
 
     def resolve_workers(self, streams: bool) -> None:
         """Fills in the number of processes that read images, where it was left open.
@@ -265,7 +277,7 @@ class AutoLoraTrainingArguments(MethodArguments, TrainingArguments):
         self.dataloader_num_workers = max(0, min(8, cores // self.world_size - 1))
         self.dataloader_persistent_workers = self.dataloader_num_workers > 0
         # Copies from pinned memory go on while the device computes.
-        self.accelerator_config.non_blocking = self.dataloader_pin_memory
+        cast(AcceleratorConfig, self.accelerator_config).non_blocking = self.dataloader_pin_memory
 
     def limit_held_out(self, images: int) -> None:
         """Makes `validation_fraction` of `images` training images no more than `max_validation_images`."""
@@ -274,9 +286,9 @@ class AutoLoraTrainingArguments(MethodArguments, TrainingArguments):
 
     @property
     def threat_model(self) -> ThreatModel:
-        return ThreatModel(self.threat_norm, float(self.eps))
+        return ThreatModel(cast(Norm, self.threat_norm), float(self.eps))
 
-    def training_attack(self, loss: str = "ce", share: float = 1.0) -> PGD:
+    def training_attack(self, loss: AttackLoss = "ce", share: float = 1.0) -> PGD:
         """The attack of the training steps: PGD from a uniform random start.
 
         Args:
@@ -289,6 +301,6 @@ class AutoLoraTrainingArguments(MethodArguments, TrainingArguments):
         step_size = None if self.attack_step_size is None else self.attack_step_size * share
         return PGD(threat_model, steps=self.attack_steps, step_size=step_size, loss=loss)
 
-    def validation_attack(self, loss: str = "ce") -> PGD:
+    def validation_attack(self, loss: AttackLoss = "ce") -> PGD:
         """The attack that the schedule and the choice of the best weights go by."""
         return PGD(self.threat_model, steps=self.eval_attack_steps, step_size=self.attack_step_size, loss=loss)

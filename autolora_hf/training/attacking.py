@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,8 +56,10 @@ class RouteAttacker:
         *key: int,
         first: int,
         reference: Tensor | None = None,
+        losses: list[Tensor] | None = None,
     ) -> Tensor:
-        """Adversarial images; see [`random_starts`] for `key` and `first`, and [`PGD`] for `reference`.
+        """Adversarial images; see [`random_starts`] for `key` and `first`, [`PGD`] for `reference` and [`PGD.search`]
+        for `losses`, which stays as it is where the attack is another one.
 
         Pixels are not checked again: the collator has done so where they still were in the memory of the host.
         """
@@ -73,8 +77,8 @@ class RouteAttacker:
         threat_model = getattr(attack, "threat_model", self.args.threat_model)
         start = random_starts(pixels, threat_model, *key, first=first)
         # Another attack may do more in its call than to search.
-        search = attack.search if type(attack) is PGD else attack
-        options = {} if reference is None else {"reference": reference}
+        search = partial(attack.search, losses=losses) if type(attack) is PGD else attack
+        options: dict[str, Any] = {} if reference is None else {"reference": reference}
         adversarial = search(self.frozen.refresh(), pixels, labels, start=start, **options)
         # The update needs the most memory, and no copy.
         self.frozen.release()

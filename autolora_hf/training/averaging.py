@@ -72,7 +72,7 @@ class WeightAverage(TrainerCallback):
 
     def begins_after(self, step: int | None, max_steps: int) -> bool:
         """Whether there is an average now, and `step` was before there was one."""
-        return bool(self._average) and self.kind == "swa" and bool(step) and step <= SWA_START * max_steps
+        return bool(self._average and self.kind == "swa" and step and step <= SWA_START * max_steps)
 
     def restart(self) -> None:
         """Forgets the average: the next step begins a new one."""

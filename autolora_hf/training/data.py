@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from transformers import TrainerCallback
 
 from ..data import (
+    Augmentation,
     PixelDataset,
+    PixelStream,
     as_pixel_dataset,
     check_class_names,
     check_labels,
@@ -36,7 +38,7 @@ def prepare_data(
     args: AutoLoraTrainingArguments,
     preprocessing: Preprocessing,
     num_classes: int | None,
-) -> tuple[PixelDataset, PixelDataset]:
+) -> tuple[PixelDataset | PixelStream, PixelDataset | PixelStream]:
     """Training and validation data as pixels.
 
     Images that are missing or empty are left out of both, and validation images that cannot be read too: a substitute
@@ -52,7 +54,7 @@ def prepare_data(
         ValueError: For labels that do not fit, class names of another order, no image that can be read, and validation
             data that are the test set or share images with the training data.
     """
-    options = {
+    options: dict[str, Any] = {
         "image_column": args.image_column,
         "label_column": args.label_column,
         "broken_images": args.broken_images,
@@ -63,7 +65,12 @@ def prepare_data(
     if is_stream(train) or is_stream(validation):
         return prepare_streams(args, preprocessing, num_classes, train, validation)
     train = as_pixel_dataset(
-        train, preprocessing, augmentation=args.augmentation, name="train_dataset", seed=args.seed, **options
+        train,
+        preprocessing,
+        augmentation=cast(Augmentation, args.augmentation),
+        name="train_dataset",
+        seed=args.seed,
+        **options,
     )
     if num_classes is not None:
         check_labels(train.labels, num_classes, "train_dataset")
@@ -158,7 +165,11 @@ class BrokenImagesCallback(TrainerCallback):
 
 def _reading_as(broken_images: str, data: PixelDataset) -> PixelDataset:
     """A `PixelDataset` that was given as such may have been made with another setting."""
-    return data if data.broken_images == broken_images else data.select(range(len(data)), broken_images=broken_images)
+    return (
+        data
+        if data.broken_images == broken_images
+        else data.select(range(len(data)), broken_images=cast(Any, broken_images))
+    )
 
 
 def _new_images(train: PixelDataset, validation: PixelDataset) -> PixelDataset:

@@ -20,6 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..data import PixelDataset, PixelStream
 from ..files import write_json
+from ..progress import hidden_progress
 from .robust_start import IMAGES, MOVABLE, embedding_similarity, feature_displacement
 from .streams import some_items
 
@@ -258,7 +259,9 @@ def findings(
 def _collapse(history: Sequence[dict[str, Any]]) -> list[Finding]:
     """Of towers: the first epoch in which most of what tells images apart is gone, if there is one."""
     start = next((entry[SIMILARITY] for entry in history if SIMILARITY in entry), None)
-    for entry in history if start is not None else ():
+    if start is None:
+        return []
+    for entry in history:
         now = entry.get(f"eval_{SIMILARITY}")
         if now is not None and 1 - now < COLLAPSED * (1 - start):
             return [Finding("collapse", entry["epoch"], MESSAGES["collapse"].format(similarity=now, start=start))]
@@ -282,7 +285,7 @@ class DiagnosisCallback(TrainerCallback):
     def __init__(self, trainer: AutoLoraTrainer, plan_file: Path) -> None:
         self.trainer = trainer
         self.plan_file = plan_file
-        self._validation: Validation | None = None
+        self._validation: Validation
         self._said = 0
 
     def on_train_begin(
@@ -291,7 +294,8 @@ class DiagnosisCallback(TrainerCallback):
         trainer = self.trainer
         self._validation = Validation.of(trainer.eval_dataset.labels, trainer.model.num_classes)
         if state.global_step == 0 and trainer.objective.needs_adversarial:
-            self._measure_start()
+            with hidden_progress(args.disable_tqdm):
+                self._measure_start()
         # What a run that goes on has said before is not said again.
         self._said = 0 if state.global_step == 0 else len(self._findings())
         self.after_epoch()

@@ -17,6 +17,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import has_length
 
 from ..attacks.pgd import random_perturbation
@@ -130,7 +132,7 @@ def check_parallelism(args: TrainingArguments) -> None:
             "`parallelism_config` (tensor, context or sequence parallelism) is not supported: both routes and the "
             "attack need the whole model in one process. " + _USE_DDP
         )
-    options = args.accelerator_config
+    options = cast(AcceleratorConfig, args.accelerator_config)
     if options.split_batches or not options.even_batches:
         raise ValueError(
             "`accelerator_config` must leave `split_batches` at False and `even_batches` at True, got "

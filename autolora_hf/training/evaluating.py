@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,13 +18,12 @@ from ..evaluation import Accuracy
 from ..modeling import AutoLoraModel
 from ..objectives import Objective
 from ..objectives.terms import similarity
+from ..progress import progress_bar
 from ..routes import NATURAL, ROBUST
-from .arguments import AutoLoraTrainingArguments
 from .attacking import RouteAttacker
 from .diagnosis import SIMILARITY, DiagnosisCallback, prediction_shares
 from .distributed import synchronize
 from .numerics import StepGuard
-from .publishing import PublishingTrainer
 from .streams import StreamingTrainer, unaugmented
 
 
@@ -34,11 +33,9 @@ logger = logging.getLogger(__name__)
 TRAINING, EVALUATION, DIAGNOSIS = 0, 1, 2
 
 
-class EvaluatingTrainer(StreamingTrainer, PublishingTrainer):
+class EvaluatingTrainer(StreamingTrainer):
     """Validation, the schedules' decisions after it, and the training accuracy of the natural route."""
 
-    args: AutoLoraTrainingArguments
-    model: AutoLoraModel
     objective: Objective
     _attacker: RouteAttacker
     _guard: StepGuard
@@ -63,7 +60,7 @@ class EvaluatingTrainer(StreamingTrainer, PublishingTrainer):
         synchronize(self.model.buffers())
         return super().evaluation_loop(*args, **kwargs)
 
-    def prediction_step(
+    def prediction_step(  # type: ignore[override]  # `Trainer` says tensors, and takes dictionaries of them
         self,
         model: nn.Module,
         inputs: dict[str, Tensor],
@@ -74,7 +71,7 @@ class EvaluatingTrainer(StreamingTrainer, PublishingTrainer):
         the loss of each adversarial image."""
         inputs = self._prepare_inputs(inputs)
         pixels, labels = inputs["pixel_values"], inputs["labels"]
-        model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        model = cast(AutoLoraModel, self.accelerator.unwrap_model(model, keep_torch_compile=False))
         with model.own_precision():
             # The same random starts in every epoch: differences in robust accuracy then come from the weights.
             key, first = (self.args.seed, EVALUATION), self._evaluated + self.args.process_index * len(labels)
@@ -101,12 +98,12 @@ class EvaluatingTrainer(StreamingTrainer, PublishingTrainer):
         """Evaluation during training: after it, the controller decides about the next epoch."""
         metrics = super()._evaluate(*args, **kwargs)
         accuracy = self._scalar_accuracy() if self.measures_scalars else None
-        key = self.args.metric_for_best_model
+        key = cast(str, self.args.metric_for_best_model)  # the arguments have chosen one
         metric = metrics[key if key.startswith("eval_") else f"eval_{key}"]
         # The rule looks for growth.
         metric = metric if self.args.greater_is_better else -metric
         halved = self.lr_scheduler.end_epoch(metric, accuracy, metrics.get("eval_natural_accuracy"))
-        logs = {"next_learning_rate": self.lr_scheduler.get_last_lr()[0], "reload": int(halved)}
+        logs: dict[str, Any] = {"next_learning_rate": self.lr_scheduler.get_last_lr()[0], "reload": int(halved)}
         if self.objective.uses_scalars:
             logs = {**self.shown_scalars(), **logs}
         if accuracy is not None:
@@ -149,12 +146,21 @@ class EvaluatingTrainer(StreamingTrainer, PublishingTrainer):
         route = NATURAL if NATURAL in model.routes else ROBUST
         right, total = 0, 0
         with attack_mode(model), model.own_precision(), model.route(route):
-            for inputs in self._plain_loader:
+            bar = progress_bar(
+                self._plain_loader,
+                title="accuracy of the natural route" if route == NATURAL else "accuracy on clean images",
+                unit="batch",
+                is_shown=not self.args.disable_tqdm,
+            )
+            for inputs in bar:
                 inputs = self._prepare_inputs(inputs)
                 logits = logits_of(model(self._images(model, inputs["pixel_values"])))
                 found = self.accelerator.gather_for_metrics(hits(logits, inputs["labels"]))
                 right, total = right + found.sum().item(), total + len(found)
         return right / total
+
+    def _images(self, model: AutoLoraModel, pixels: Tensor) -> Tensor:
+        raise NotImplementedError
 
     def _measured_images(self) -> Any:
         data, most = self.train_dataset, self.args.scalar_images
@@ -167,7 +173,7 @@ class EvaluatingTrainer(StreamingTrainer, PublishingTrainer):
 
 def accuracies(prediction: EvalPrediction) -> dict[str, float]:
     """Validation metrics of classifiers."""
-    labels, found = prediction.label_ids, prediction.predictions
+    labels, found = prediction.label_ids, cast(dict[str, np.ndarray], prediction.predictions)
     clean, robust = hits(found["clean"], labels), hits(found["robust"], labels)
     natural = {"natural_route_accuracy": hits(found["natural"], labels).mean()} if "natural" in found else {}
     interval = Accuracy.from_counts(int(robust.sum()), len(robust))
@@ -185,6 +191,6 @@ def accuracies(prediction: EvalPrediction) -> dict[str, float]:
 def losses(prediction: EvalPrediction) -> dict[str, float]:
     """Validation metrics of what does not classify: the objective's own loss, under attack and without one, and how
     similar the embeddings of different images are."""
-    found = prediction.predictions
+    found = cast(dict[str, np.ndarray], prediction.predictions)
     means = {name: float(np.mean(found[name])) for name in ("loss", "clean_loss")}
     return means | {SIMILARITY: similarity(torch.from_numpy(found["clean"])).item()}

@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -109,9 +110,9 @@ def feature_gradients(
         natural_term = F.cross_entropy(clean, labels)
         adversarial_term = objective.adversarial_term(clean, robust, labels, scalars)
         # Not `backward`: `.grad` and the hooks of DDP are left alone.
-        options = {"allow_unused": True, "materialize_grads": True}
-        natural_gradient = torch.autograd.grad(natural_term, features, retain_graph=True, **options)
-        adversarial_gradient = torch.autograd.grad(adversarial_term, features, **options)
+        grad = partial(torch.autograd.grad, allow_unused=True, materialize_grads=True)
+        natural_gradient = grad(natural_term, features, retain_graph=True)
+        adversarial_gradient = grad(adversarial_term, features)
     return list(natural_gradient), list(adversarial_gradient)
 
 
@@ -193,8 +194,8 @@ class GradientSimilarityCallback(TrainerCallback):
         if NATURAL in model.adapters and NATURAL in objective.routes:
             names[COSINE_BRANCH] = NATURAL
         batch = (pixels, adversarial, labels, scheduler.scalars)
-        found = [gradient_cosine(model, objective, *batch, clean_route=route) for route in names.values()]
-        found = torch.tensor(found, device=args.device)
+        cosines = [gradient_cosine(model, objective, *batch, clean_route=route) for route in names.values()]
+        found = torch.tensor(cosines, device=args.device)
         synchronize([found])
         logs = {name: value for name, value in zip(names, found.tolist(), strict=True) if not math.isnan(value)}
         if logs:

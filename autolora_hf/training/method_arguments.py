@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, cast
 
 from ..initializers import INITIALIZERS, Initializer
 from ..objectives import OBJECTIVES, Objective
 from ..options import json_object, with_options
 from ..postprocessing import FINISHERS, Finisher
 from ..schedules import SCHEDULES, EpsilonSchedule, default_checkpoints, milestones
+from ..schedules.epsilon import EpsilonKind
 from .averaging import AVERAGES
 
 
@@ -174,9 +175,9 @@ class MethodArguments:
         automatic = objective.uses_scalars and self.loss_scalars is None
         plateau = schedule == "plateau"
         return {
-            "objective_options": dict(self.objective_kwargs or {}),
+            "objective_options": dict(self._options("objective_kwargs")),
             "init": self.init,
-            "init_options": dict(self.init_kwargs or {}),
+            "init_options": dict(self._options("init_kwargs")),
             "schedule": schedule,
             "milestones": list(self.milestones or objective.milestones) if schedule == "milestones" else None,
             "halving_rule": self.halving_rule if plateau else None,
@@ -191,24 +192,27 @@ class MethodArguments:
             "average_weights": self.average_weights,
             "ema_decay": self.ema_decay if self.average_weights == "ema" else None,
             "finish": self.finish,
-            "finish_options": dict(self.finish_kwargs or {}),
+            "finish_options": dict(self._options("finish_kwargs")),
         }
+
+    def _options(self, name: str) -> dict[str, Any]:
+        return json_object(getattr(self, name), name) or {}
 
     def new_objective(self) -> Objective:
         """The objective with its options."""
-        return with_options(OBJECTIVES[self.objective], self.objective_kwargs, "objective_kwargs")
+        return with_options(OBJECTIVES[self.objective], self._options("objective_kwargs"), "objective_kwargs")
 
     def new_initializer(self) -> Initializer:
         """What runs before training, with its options."""
-        return with_options(INITIALIZERS[self.init], self.init_kwargs, "init_kwargs")
+        return with_options(INITIALIZERS[self.init], self._options("init_kwargs"), "init_kwargs")
 
     def new_finisher(self) -> Finisher:
         """What runs after training, with its options."""
-        return with_options(FINISHERS[self.finish], self.finish_kwargs, "finish_kwargs")
+        return with_options(FINISHERS[self.finish], self._options("finish_kwargs"), "finish_kwargs")
 
     def new_epsilon_schedule(self, epochs: float) -> EpsilonSchedule:
         """The schedule of the training attack's radius, for a run of so many epochs."""
-        hinges = {}
+        hinges: dict[str, Any] = {}
         if self.eps_hinges is not None:
             if len(self.eps_hinges) != 2 or self.eps_schedule != "two-hinge":
                 raise ValueError(
@@ -216,4 +220,4 @@ class MethodArguments:
                     f"with {self.eps_schedule!r}."
                 )
             hinges = {"first": self.eps_hinges[0], "second": self.eps_hinges[1]}
-        return EpsilonSchedule(epochs, self.eps_schedule, **hinges)
+        return EpsilonSchedule(epochs, cast(EpsilonKind, self.eps_schedule), **hinges)

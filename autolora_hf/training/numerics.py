@@ -63,6 +63,7 @@ class StepGuard(TrainerCallback):
         terms: dict[str, Tensor],
         pixels: Tensor | None = None,
         adversarial: Tensor | None = None,
+        noted: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """`loss` of a micro batch as it is, or NaN with NaN gradients if something is not finite; never waits for the
         device.
@@ -71,23 +72,25 @@ class StepGuard(TrainerCallback):
             loss (`Tensor`), terms (`dict[str, Tensor]`): What the objective returned; the terms are kept for the log.
             pixels (`Tensor`, *optional*), adversarial (`Tensor`, *optional*): N x 3 x H x W; the second must lie in
                 the ball around the first.
+            noted (`dict[str, Tensor]`, *optional*): Further scalars for the log, which need not be finite.
         """
         findings = {name: value.isfinite() for name, value in terms.items()} | {"loss": loss.detach().isfinite()}
-        if adversarial is not None:
+        if adversarial is not None and pixels is not None:
             inside = in_ball(adversarial, pixels, self.trainer.args.threat_model)
             findings["adversarial images"] = inside
         if self._watched:
             findings["running statistics"] = get_total_norm(self._watched, math.inf).isfinite()
         self._findings.append(findings)
-        self._step_terms.append(terms)
+        self._step_terms.append({**terms, **(noted or {})})
         sound = torch.stack([finding.all() for finding in findings.values()]).all()
         # A loss can be infinite with finite gradients: multiplied by NaN, all of them are NaN.
         return loss * torch.where(sound, 1.0, math.nan).to(loss)
 
     def pop_means(self) -> dict[str, Tensor]:
         """Mean of every term over the steps since the last call, without the skipped ones."""
-        names = self._terms[0] if self._terms else ()
-        means = {name: torch.stack([terms[name] for terms in self._terms]).mean() for name in names}
+        # Not all of them in every step: while the radius is 0, there is no attack.
+        names = dict.fromkeys(name for terms in self._terms for name in terms)
+        means = {name: torch.stack([terms[name] for terms in self._terms if name in terms]).mean() for name in names}
         self._terms = []
         return means
 

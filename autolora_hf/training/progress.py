@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
+from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..progress import redraw_seconds
 
 
 COLUMNS = (
@@ -50,8 +53,17 @@ class EpochTableCallback(ProgressCallback):
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         if state.is_world_process_zero:
+            _calm(self.training_bar)
             titles = "  ".join(f"{title:>{max(8, len(title))}}" for title, _, _ in self.columns)
-            self.training_bar.write(f"{'epoch':>7}  {titles}")
+            cast(Any, self.training_bar).write(f"{'epoch':>7}  {titles}")
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        is_new = self.prediction_bar is None
+        super().on_prediction_step(args, state, control, **kwargs)
+        if is_new and self.prediction_bar is not None:
+            _calm(self.prediction_bar)
 
     def on_log(
         self,
@@ -72,3 +84,9 @@ class EpochTableCallback(ProgressCallback):
         note = "  halved, back to the best weights" if self.row.get("reload") else ""
         self.training_bar.write(f"{state.epoch:>4.0f}/{state.num_train_epochs:<2}  {'  '.join(cells)}{note}")
         self.row = {}
+
+
+def _calm(bar: tqdm) -> None:
+    """Draws a bar of `Trainer`'s no more often than is of use."""
+    bar.mininterval = redraw_seconds()
+    bar.maxinterval = max(10.0, bar.mininterval)

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import huggingface_hub
 from huggingface_hub import CommitInfo, HfApi
@@ -45,12 +45,14 @@ class PublishingTrainer(ResumableTrainer):
                 content, or has other classes; or if the model is an image tower, which has none.
         """
         if dataset is self._checked_test_data:
-            return dataset
+            return cast(PixelDataset, dataset)
         refuse_tower(self.model)
-        columns = {"image_column": self.args.image_column, "label_column": self.args.label_column}
+        columns: dict[str, Any] = {"image_column": self.args.image_column, "label_column": self.args.label_column}
         test = as_pixel_dataset(dataset, self.model.preprocessing, name="dataset", **columns)
         check_class_names(self.train_dataset.class_names, test.class_names, "dataset")
-        self._test_notes = check_unseen(test, {"training": self.train_dataset, "validation": self.eval_dataset})
+        # A stream has no rows to look up; `StreamingTrainer` compares with what it has read.
+        seen = {"training": self.train_dataset, "validation": self.eval_dataset}
+        self._test_notes = check_unseen(test, cast(dict[str, PixelDataset | None], seen))
         self._checked_test_data = test
         return test
 
@@ -69,7 +71,7 @@ class PublishingTrainer(ResumableTrainer):
             self.model.add_result(report)
         return report
 
-    def create_model_card(
+    def create_model_card(  # type: ignore[override]  # further keywords, for the card
         self,
         license: str | None = None,
         tags: str | list[str] | None = None,
@@ -150,7 +152,9 @@ class PublishingTrainer(ResumableTrainer):
         self, folder: str | Path, message: str | None, token: str | None, revision: str | None, **how: Any
     ) -> Any:
         revision = revision if revision is not None else self.args.hub_revision
-        return push_folder(folder, self.hub_model_id, commit_message=message, token=token, revision=revision, **how)
+        return push_folder(
+            folder, cast(str, self.hub_model_id), commit_message=message, token=token, revision=revision, **how
+        )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """What `hub_strategy` asks for after a checkpoint.
@@ -179,16 +183,16 @@ class PublishingTrainer(ResumableTrainer):
         for job in jobs:
             job.add_done_callback(_warn_of_failure)
         if busy:
-            self.push_in_progress.jobs.extend(jobs)
+            cast(Any, self.push_in_progress).jobs.extend(jobs)
         else:
-            self.push_in_progress = PushInProgress(jobs)
+            self.push_in_progress = cast(Any, PushInProgress(cast(Any, jobs)))
 
     def _push_checkpoint(self, checkpoint: Path, name: str, message: str) -> Future:
         """Uploads all of a checkpoint in the background, after what is already waiting there."""
         # It may be deleted while it is being uploaded.
         files = [path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()]
         kept = kept_as_it_is(checkpoint, files)
-        token, branch, repository = self.args.hub_token, self.args.hub_revision, self.hub_model_id
+        token, branch, repository = self.args.hub_token, self.args.hub_revision, cast(str, self.hub_model_id)
 
         def push() -> CommitInfo:
             try:

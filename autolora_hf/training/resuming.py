@@ -6,7 +6,7 @@ import logging
 import os
 import platform
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -16,8 +16,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 
+from ..data import PixelDataset
+from ..data.stream import PixelStream
 from ..files import read_json
+from ..modeling import AutoLoraModel
 from ..record import RECORD
+from .arguments import AutoLoraTrainingArguments
 from .checkpoints import (
     SEAL,
     checkpoint_folder,
@@ -28,6 +32,7 @@ from .checkpoints import (
     incomplete,
     last_whole_checkpoint,
 )
+from .schedule import AutoLoraScheduler
 
 
 logger = logging.getLogger(__name__)
@@ -40,6 +45,12 @@ class ResumableTrainer(Trainer):
         plan (`dict`): What was resolved of the arguments; see `AutoLoraTrainer.plan`.
     """
 
+    # What `Trainer` declares for trainers of any kind.
+    args: AutoLoraTrainingArguments
+    model: AutoLoraModel
+    lr_scheduler: AutoLoraScheduler  # type: ignore[assignment]  # `Trainer` says LambdaLR, and takes any
+    train_dataset: PixelDataset | PixelStream
+    eval_dataset: PixelDataset | PixelStream
     plan: dict[str, Any]
 
     def train(
@@ -130,7 +141,7 @@ class ResumableTrainer(Trainer):
         self.model.load_weights(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        best = Path(self.state.best_model_checkpoint)
+        best = Path(cast(str, self.state.best_model_checkpoint))
         problem = damage(best)
         if problem is not None:
             raise ValueError(
@@ -190,9 +201,10 @@ class ResumableTrainer(Trainer):
             if isinstance(item, ExportableState):
                 states.setdefault(type(item).__name__, []).append(item.state())
         # As `Trainer` reads them: a list only where a callback is there twice.
-        self.state.stateful_callbacks = {
-            name: found[0] if len(found) == 1 else found for name, found in states.items()
-        }
+        # `TrainerState` says that they are callbacks, which they are before the first checkpoint only.
+        self.state.stateful_callbacks = cast(
+            Any, {name: found[0] if len(found) == 1 else found for name, found in states.items()}
+        )
         self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
 
@@ -223,7 +235,7 @@ def run_environment(trainer: Trainer) -> dict[str, Any]:
 
 def mean_loss(history: list[dict[str, float]]) -> float:
     """Mean loss over all steps of a run, of what was logged."""
-    total, done = 0.0, 0
+    total, done = 0.0, 0.0
     for entry in history:
         if "loss" in entry:
             total, done = total + entry["loss"] * (entry["step"] - done), entry["step"]

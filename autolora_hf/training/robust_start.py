@@ -13,6 +13,7 @@ from ..attacks.pgd import Ball, attack_mode
 from ..config import ThreatModel
 from ..modeling import AutoLoraModel
 from ..objectives.terms import similarity
+from ..progress import progress_bar
 from ..routes import ROBUST
 from .distributed import random_starts
 
@@ -46,7 +47,7 @@ def feature_displacement(model: AutoLoraModel, pixels: Tensor, threat_model: Thr
             clean = features(pixels)
             apart = torch.pdist(clean).median()
         moved, ball = random_starts(pixels, threat_model, seed, first=0), Ball(pixels, threat_model)
-        for _ in range(STEPS):
+        for _ in progress_bar(range(STEPS), title="robustness of the backbone", unit="step"):
             moved.requires_grad_(True)
             distance = (features(moved) - clean).square().sum()
             (gradient,) = torch.autograd.grad(distance, moved)

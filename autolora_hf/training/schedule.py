@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -58,7 +59,7 @@ class AutoLoraScheduler(LRScheduler):
         self.skipped_in_a_row = 0
         super().__init__(optimizer)
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         factor = self.factor * self._curve(min(1.0, self.last_epoch / self._total_steps))
         return [base * factor for base in self.base_lrs]
 
@@ -71,7 +72,7 @@ class AutoLoraScheduler(LRScheduler):
 
     @property
     def finished(self) -> bool:
-        return self.halving is not None and self.base_lrs[0] * self.factor < self.min_learning_rate
+        return self.halving is not None and bool(self.base_lrs[0] * self.factor < self.min_learning_rate)
 
     def end_epoch(
         self, selection_metric: float, training_accuracy: float | None, natural_accuracy: float | None = None

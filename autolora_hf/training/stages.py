@@ -14,6 +14,7 @@ from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from ..files import write_json
 from ..postprocessing.base import Batches, Finished
+from ..progress import hidden_progress
 from .checkpoints import last_whole_checkpoint
 from .method_arguments import MethodArguments
 from .progress import EpochTableCallback
@@ -85,7 +86,7 @@ def run_finisher(trainer: AutoLoraTrainer) -> None:
         attack=args.validation_attack(),
         epochs=trainer.plan["epochs"],
     )
-    with trainer.model.own_precision():
+    with trainer.model.own_precision(), hidden_progress(args.disable_tqdm):
         trainer.plan["finished"] = {"finish": args.finish, **args.new_finisher()(finished)}
     if args.should_save:
         write_json(trainer.plan, Path(args.output_dir) / "training_plan.json")

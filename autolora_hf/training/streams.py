@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from accelerate.data_loader import IterableDatasetShard
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..data import (
     PixelDataset,
@@ -28,12 +29,13 @@ from ..data.overlap import TOLERATED_SHARE
 from ..data.stored import file_digests
 from ..pixels import Preprocessing
 from .arguments import AutoLoraTrainingArguments
+from .publishing import PublishingTrainer
 
 
 logger = logging.getLogger(__name__)
 
 
-class StreamingTrainer(Trainer):
+class StreamingTrainer(PublishingTrainer):
     """The part of [`AutoLoraTrainer`] that feeds streams to the processes."""
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> DataLoader:
@@ -45,7 +47,7 @@ class StreamingTrainer(Trainer):
         if isinstance(loader.dataset, IterableDatasetShard):
             # What the last batch is filled up with must not be counted, so accelerate has to know of it.
             loader.dataset.total_dataset_length = len(dataset)
-            loader.batch_sampler.num_processes = self.args.world_size
+            cast(Any, loader.batch_sampler).num_processes = self.args.world_size
         return loader
 
     def prepare_test_data(self, dataset: Any) -> PixelDataset:
@@ -68,7 +70,7 @@ def prepare_streams(
     """
     # Every process goes through the whole stream and takes its part of each batch, as with other data: equal parts,
     # the last ones filled up. With `dispatch_batches` the parts of the last batch would be of another size.
-    args.accelerator_config.dispatch_batches = False
+    cast(AcceleratorConfig, args.accelerator_config).dispatch_batches = False
     options = {"labelled": num_classes is not None}
     train = _open(args, train, preprocessing, "train_dataset", augmentation=args.augmentation, shuffle=True, **options)
     if num_classes is not None:
@@ -126,7 +128,7 @@ def _open(
         options.pop("shuffle", None)
         return without_absent(as_pixel_dataset(source, preprocessing, name=name, seed=args.seed, **options))
     seed = args.seed if args.data_seed is None else args.data_seed
-    workers = args.dataloader_num_workers
+    workers = args.dataloader_num_workers or 0
     return as_pixel_stream(source, preprocessing, name=name, seed=seed, num_workers=workers, **options)
 
 

@@ -7,12 +7,13 @@ import math
 import os
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import ProgressCallback, TrainerCallback
-from transformers.trainer_utils import IntervalStrategy, TrainOutput
+from transformers.trainer_utils import TrainOutput
+from transformers.training_args import OptimizerNames
 
 from .. import checkpointing
 from ..config import ThreatModel
@@ -22,7 +23,9 @@ from ..files import write_atomically, write_json
 from ..modeling import AutoLoraModel
 from ..objectives import OBJECTIVES, Batch, config_for
 from ..pixels import Normalize
+from ..progress import hidden_progress
 from ..schedules import Curve, LossScalars, PlateauHalving, constant, cosine, default_epochs, milestones
+from ..schedules.learning_rate import HalvingRule
 from .arguments import AutoLoraTrainingArguments
 from .attacking import RouteAttacker
 from .averaging import WeightAverage
@@ -35,15 +38,18 @@ from .distributed import (
     step_shares,
     synchronize,
 )
+from .epochs import EpochCallback
 from .evaluating import TRAINING, EvaluatingTrainer, accuracies, losses
 from .forward import TrainingForward
 from .gradient_similarity import GradientSimilarityCallback
+from .logged import ATTACK_END, ATTACK_START, EPS, IMAGES_PER_SECOND, SKIPPED_STEPS
 from .numerics import StepGuard
 from .progress import EpochTableCallback
 from .redirect import call_inside
 from .resuming import run_environment
 from .schedule import AutoLoraScheduler
 from .stages import run_finisher, run_initializer
+from .throughput import Throughput
 
 
 logger = logging.getLogger(__name__)
@@ -104,7 +110,8 @@ class AutoLoraTrainer(EvaluatingTrainer):
         model.limit_training(self.objective.routes, heads_only=self.objective.heads_only)
         args.new_finisher().prepare(model)
         args.create_output_dir()
-        train, validation = self._prepare_data(model, args, train_dataset, eval_dataset)
+        with hidden_progress(args.disable_tqdm):
+            train, validation = self._prepare_data(model, args, train_dataset, eval_dataset)
         self.plan = self._make_plan(args, train, validation, eval_dataset is None) | self.objective.describe()
         model.training_plan = self.plan
         super().__init__(
@@ -120,7 +127,7 @@ class AutoLoraTrainer(EvaluatingTrainer):
         self.plan["environment"] = run_environment(self)
         self._attacker = RouteAttacker(model, args, self.accelerator.mixed_precision)
         self.plan["attack_precision"] = str(self._attacker.dtype).removeprefix("torch.")
-        self.add_callback(_AutoLoraCallback(self))
+        self.add_callback(EpochCallback(self))
         self._average = WeightAverage(model, args.average_weights, args.ema_decay)
         self.add_callback(self._average)
         self._guard = StepGuard(self)
@@ -131,6 +138,9 @@ class AutoLoraTrainer(EvaluatingTrainer):
             self.add_callback(GradientSimilarityCallback(self))
         if isinstance(train, PixelDataset):  # a stream reports broken images itself
             self.add_callback(BrokenImagesCallback(train))
+        # The last one: what others do when an epoch begins, such as loading weights, is no training.
+        self._throughput = Throughput()
+        self.add_callback(self._throughput)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(EpochTableCallback(accuracies=self.objective.classifies))
         # Weights that were drawn at random may differ.
@@ -187,7 +197,7 @@ class AutoLoraTrainer(EvaluatingTrainer):
             "batch_size": batch,
             "steps_per_epoch": steps,
             "epochs": epochs,
-            "optimizer": args.optim.value,
+            "optimizer": OptimizerNames(args.optim).value,
             "learning_rate": args.learning_rate,
             "weight_decay": args.weight_decay,
             "attack_steps": args.attack_steps,
@@ -207,7 +217,7 @@ class AutoLoraTrainer(EvaluatingTrainer):
             optimizer = optimizer or self.optimizer
             self.lr_scheduler = AutoLoraScheduler(
                 # Accelerate's wrapper is no `torch.optim.Optimizer`, which LRScheduler insists on.
-                getattr(optimizer, "optimizer", optimizer),
+                cast(torch.optim.Optimizer, getattr(optimizer, "optimizer", optimizer)),
                 self._halving() if self.plan["schedule"] == "plateau" else None,
                 self._curve(num_training_steps),
                 num_training_steps,
@@ -223,7 +233,7 @@ class AutoLoraTrainer(EvaluatingTrainer):
     def _halving(self) -> PlateauHalving:
         return PlateauHalving(
             self.plan["halving_checkpoints"],
-            rule=self.args.halving_rule,
+            rule=cast(HalvingRule, self.args.halving_rule),
             chance=1 / self.model.num_classes if self.args.greater_is_better else -math.inf,
         )
 
@@ -279,24 +289,38 @@ class AutoLoraTrainer(EvaluatingTrainer):
 
         forward = TrainingForward(model, partial(self._images, model), precision, own)
         reference = self.objective.reference(pixels)
-        adversarial = self._adversarial(pixels, labels, share.first, reference)
-        batch = Batch(pixels, adversarial, labels[:own], None if reference is None else reference[:own])
+        losses: list[Tensor] = []
+        adversarial = self._adversarial(pixels, labels, share.first, reference, losses)
+        given = None if reference is None else reference[:own]
+        batch = Batch(pixels, cast(Tensor, adversarial), labels[:own], given)  # None where the objective wants none
         output = self.objective(forward, batch, self.lr_scheduler.scalars)
         terms = {name: value * share.weight for name, value in output.terms.items()}
-        return self._guard.checked(output.loss * share.weight, terms, pixels, adversarial)
+        ends = {ATTACK_START: losses[0], ATTACK_END: losses[-1]} if losses else {}
+        noted = {name: found[:own].float().mean() * share.weight for name, found in ends.items()}
+        self._throughput.count(share.count)
+        return self._guard.checked(output.loss * share.weight, terms, pixels, adversarial, noted)
 
-    def _adversarial(self, pixels: Tensor, labels: Tensor, first: int, reference: Tensor | None) -> Tensor | None:
-        """The images of a training step under attack; `None` if the objective wants none."""
+    def _adversarial(
+        self, pixels: Tensor, labels: Tensor, first: int, reference: Tensor | None, losses: list[Tensor] | None = None
+    ) -> Tensor | None:
+        """The images of a training step under attack; `None` if the objective wants none.
+
+        Args:
+            losses (`list[Tensor]`, *optional*): Gets what the attack maximised, see [`PGD.search`].
+        """
         if not self.objective.needs_adversarial:
             return None
         step, attack = self.state.global_step, self._train_attack
-        share = self.lr_scheduler.epsilon.share(step / self.plan["steps_per_epoch"])
+        share = self._eps_share(step)
         if share == 0:
             return pixels
         if share < 1:
             attack = self.args.training_attack(self.objective.attack_loss, share)
         key = (self.args.seed, TRAINING, step)
-        return self._attacker(attack, pixels, labels, *key, first=first, reference=reference)
+        return self._attacker(attack, pixels, labels, *key, first=first, reference=reference, losses=losses)
+
+    def _eps_share(self, step: int) -> float:
+        return self.lr_scheduler.epsilon.share(step / self.plan["steps_per_epoch"])
 
     def _images(self, model: AutoLoraModel, pixels: Tensor) -> Tensor:
         """Pixels as the model takes them: normalised, in its precision."""
@@ -306,7 +330,9 @@ class AutoLoraTrainer(EvaluatingTrainer):
 
     # ---- before, between and after ----
 
-    def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None, **kwargs: Any) -> TrainOutput:
+    def train(
+        self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
         """Trains, from the start or from a checkpoint; see [`ResumableTrainer.train`].
 
         What `init` names runs first, unless there is a checkpoint of the training itself, and what `finish` names
@@ -315,7 +341,7 @@ class AutoLoraTrainer(EvaluatingTrainer):
         checkpoint = self._find_checkpoint(resume_from_checkpoint)
         if checkpoint is None:
             run_initializer(self, resume=resume_from_checkpoint is True)
-        output = super().train(checkpoint, **kwargs)
+        output = super().train(checkpoint, *args, **kwargs)
         self._average.settle()
         run_finisher(self)
         return output
@@ -334,7 +360,7 @@ class AutoLoraTrainer(EvaluatingTrainer):
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        self._average.load_auxiliary(Path(self.state.best_model_checkpoint))
+        self._average.load_auxiliary(Path(cast(str, self.state.best_model_checkpoint)))
         self._average.restart()
 
     def _save_further(self, folder: Path) -> None:
@@ -346,8 +372,13 @@ class AutoLoraTrainer(EvaluatingTrainer):
         if "loss" in logs:
             means = self._guard.pop_means()
             logs |= {name: self.accelerator.reduce(mean, "mean").item() for name, mean in means.items()}
-            logs["skipped_steps"] = self.lr_scheduler.skipped_steps
+            if self.objective.needs_adversarial:
+                logs[EPS] = float(self.args.eps) * self._eps_share(max(0, self.state.global_step - 1))
+            logs[IMAGES_PER_SECOND] = self._throughput.images_per_second(self.accelerator)
+            logs[SKIPPED_STEPS] = self.lr_scheduler.skipped_steps
         super().log(logs, start_time)
+        if "loss" in logs:
+            self._throughput.restart()
 
     # ---- checkpoints ----
 
@@ -357,35 +388,6 @@ class AutoLoraTrainer(EvaluatingTrainer):
         if self.args.should_save:
             self.model.save_pretrained(folder)
             write_atomically(folder / "training_args.json", (self.args.to_json_string() + "\n").encode())
-
-
-class _AutoLoraCallback(TrainerCallback):
-    """What happens between epochs: the first measurement of SA, and reloading the best weights."""
-
-    def __init__(self, trainer: AutoLoraTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        scheduler = self.trainer.lr_scheduler
-        if self.trainer.measures_scalars and scheduler.training_accuracy is None:
-            scheduler.training_accuracy = self.trainer.natural_training_accuracy()
-            accuracy = scheduler.training_accuracy
-            self.trainer.log({"train_natural_route_accuracy": accuracy, **self.trainer.shown_scalars()})
-        elif self.trainer.objective.uses_scalars and state.global_step == 0:
-            self.trainer.log(self.trainer.shown_scalars())
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Only now is the checkpoint of the last epoch, which may be the best one, complete.
-        scheduler = self.trainer.lr_scheduler
-        if scheduler.reload_due and state.best_model_checkpoint is not None:
-            self.trainer._load_best_model()
-        scheduler.reload_due = False
-        # Accelerate's data loaders do so too, but not where the batches are shared out or skipped.
-        self.trainer.train_dataset.set_epoch(int(state.epoch + 1e-6))
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # A checkpoint does not hold what has been summed up since the last log, so nothing is carried over.
-        control.should_log |= args.logging_strategy != IntervalStrategy.NO
 
 
 def _model_for(objective: str, model: nn.Module | str) -> AutoLoraModel:

@@ -114,12 +114,32 @@ def test_models_of_the_package(tmp_path):
     options = {"model": model, "data": (x, labels), "threat_model": ThreatModel("linf", 0.003), "batch_size": 2}
     before = evaluate(tmp_path, **options)
     assert timeless(evaluate(tmp_path, **options)) == timeless(before)
-    with pytest.raises(ValueError, match="They differ in routes \\(\\['robust'\\] there, \\['natural'\\] here\\)"):
+    with pytest.raises(ValueError, match="They differ in route \\('robust' there, 'natural' here\\)"):
         evaluate(tmp_path, route="natural", **options)
     with torch.no_grad():
         next(p for name, p in model.named_parameters() if "lora_A" in name and "robust" in name).mul_(1.5)
     with pytest.raises(ValueError, match="They differ in weights"):
         evaluate(tmp_path, **options)
+
+
+@pytest.mark.parametrize("part", ["lora_A.natural", "lora_A.robust"])
+def test_the_other_route_may_be_asked_for_later(tmp_path, part):
+    """Nothing is attacked again for it, and a model with another branch in any route is noticed."""
+    model = MODELS["timm_resnet"].adapted(mode="adapter")
+    with torch.no_grad():
+        labels = model.eval().pixel_space()(pixels(6)).argmax(1)
+    options = {"model": model, "data": (pixels(6), labels)}
+    attack = Counting(2)
+    first = evaluate(tmp_path, attack, **options)
+    assert attack.calls == [4, 2]
+    both = evaluate(tmp_path, attack, route="both", **options)
+    assert len(attack.calls) <= 4 and both.other_route.route == "natural"
+    assert timeless(both) == timeless(evaluate(None, Counting(2), route="both", **options))
+    assert timeless(evaluate(tmp_path, attack, **options)) == timeless(first)
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if part in name).mul_(1.5)
+    with pytest.raises(ValueError, match="They differ in weights"):
+        evaluate(tmp_path, attack, route="both", **options)
 
 
 class Other(Channel):

@@ -146,8 +146,10 @@ def drawn(random, shape, mean=0.7, of_training=0.0, of_image=0.25):
 
 def test_where_images_do_not_matter_it_is_the_t_test_of_the_trainings():
     # Every training has its images right in another place, so images differ no more than the rest does.
-    own = np.array([[1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1], [1, 1, 0, 0, 1, 1]], dtype=bool)
-    others = np.array([[0, 0, 0, 1, 1, 0], [1, 0, 0, 0, 0, 1], [0, 1, 1, 0, 0, 0]], dtype=bool)
+    own, others = (
+        np.array([np.roll(np.arange(60) < count, 20 * training) for training, count in enumerate(counts)])
+        for counts in ([50, 30, 40], [20, 25, 10])
+    )
     found = crossed_difference(own, others)
     expected = ttest_rel(own.mean(1), others.mean(1))
     interval = expected.confidence_interval(0.95)
@@ -160,11 +162,22 @@ def test_where_trainings_agree_images_are_all_there_is():
     one = np.arange(400) % 4 > 0
     other = np.arange(400) % 5 > 0
     found = crossed_difference([one, one], [other, other])
-    # The z-test of the images' differences.
-    differences = one.astype(float) - other
-    error = differences.std(ddof=1) / 20
-    assert found.value == pytest.approx(-0.05)
-    assert (found.low, found.high) == pytest.approx((-0.05 - 1.96 * error, -0.05 + 1.96 * error), abs=1e-4)
+    # The t-test of the images' differences.
+    expected = ttest_rel(one.astype(float), other.astype(float))
+    interval = expected.confidence_interval(0.95)
+    assert found.value == pytest.approx(-0.05) and found.p_value == pytest.approx(expected.pvalue)
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+
+
+def test_trainings_that_agree_by_chance_are_no_certainty():
+    """Every training is better on 4 of 40 images, each on others: that says little of further images."""
+    own, others = np.zeros((2, 3, 40), dtype=bool)
+    for training in range(3):
+        own[training, 8 * training : 8 * training + 8] = True
+        others[training, 8 * training : 8 * training + 4] = True
+    found = crossed_difference(own, others)
+    assert found.value == pytest.approx(0.1)
+    assert 0.03 < found.low < found.high < 0.17 and 1e-4 < found.p_value < LEVEL
 
 
 def test_the_same_verdicts_differ_in_nothing():

@@ -1,7 +1,7 @@
 """What a report has besides its two accuracies: answers, classes, calibration, curve, corruptions, the other route."""
 
 import contextlib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -308,10 +308,26 @@ def test_sections_are_resumed(tmp_path, finished):
     with contextlib.suppress(KeyboardInterrupt):
         evaluate(data, model=Dying(), checkpoint_dir=tmp_path, **options)
     assert timeless(evaluate(data, checkpoint_dir=tmp_path, **options)) == timeless(expected)
-    with pytest.raises(ValueError, match="They differ in curve"):
-        evaluate(data, checkpoint_dir=tmp_path, **{**options, "curve": [0.02, 0.2]})
-    with pytest.raises(ValueError, match="They differ in corruptions"):
-        evaluate(data, checkpoint_dir=tmp_path, **{**options, "corruptions": ["fog"]})
+
+
+def test_sections_may_be_asked_for_later(tmp_path):
+    """A finished evaluation gets a curve, corruptions, and other ones, without an attack that it had already."""
+    data = case([0.01, 0.05, 0.2, 0.3], [0, 1, 2, 0])
+    calls = []
+
+    @dataclass
+    class Counted:
+        def __call__(self, model, x, y):
+            calls.append(len(x))
+            return PGD(LINF)(model, x, y)
+
+    asked = [{}, {"curve": [0.02, 0.1]}, {"curve": [0.02, 0.2]}, {"corruptions": ["fog"]}, {"curve": [0.02, 0.1]}, {}]
+    for sections in asked:
+        found = evaluate(data, attack=Counted(), checkpoint_dir=tmp_path, batch_size=2, **sections)
+        assert calls == [2, 2]
+        expected = evaluate(data, attack=Counted(), batch_size=2, **sections)
+        assert timeless(found) == timeless(expected)
+        del calls[2:]
 
 
 def test_merged_reports_keep_the_answers():
