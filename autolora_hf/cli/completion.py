@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 from importlib import import_module
-from typing import get_args
+from typing import Any, get_args
 
 
 SHELLS = ("bash", "zsh", "fish")
@@ -35,7 +35,7 @@ def completion_script(shell: str, commands: dict[str, str]) -> str:
     return shtab.complete(_all_commands(commands, shtab.FILE, shtab.DIRECTORY), shell)
 
 
-def _all_commands(commands: dict[str, str], file: dict[str, str], folder: dict[str, str]) -> argparse.ArgumentParser:
+def _all_commands(commands: dict[str, str], file: Any, folder: Any) -> argparse.ArgumentParser:
     """One parser of all commands, for shtab; `file` and `folder` are how it completes them."""
     root = argparse.ArgumentParser(prog="autolora", description="Adversarially robust fine-tuning.")
     root.add_argument("--version", action="store_true", help="show the version")

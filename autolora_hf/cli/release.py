@@ -114,7 +114,7 @@ def run(argv: list[str]) -> CommandResult:
     folder = Path(args.output)
     model.save_pretrained(folder)
     figures = {}
-    if test is not None:
+    if report is not None:
         draw_examples(model, test, report, folder / EXAMPLES)
         figures["Clean image, perturbation, adversarial image, and what the model says"] = EXAMPLES
     write_model_card(

@@ -84,9 +84,9 @@ def build(demo: Demo) -> gr.Blocks:
         settings = [image, norm, eps, other]
         shown = [problem, results, curve]
         # One at a time: attacks use all cores, and a queue is fairer than many that crawl.
-        turn = {"concurrency_limit": 1, "concurrency_id": "attack", "show_progress": "minimal"}
-        private = {"api_visibility": "private"}
-        instant = {"queue": False, "show_progress": "hidden", **private}
+        turn: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "attack", "show_progress": "minimal"}
+        private: dict[str, Any] = {"api_visibility": "private"}
+        instant: dict[str, Any] = {"queue": False, "show_progress": "hidden", **private}
 
         button.click(events.attack, settings, shown, api_name="attack", scroll_to_output=True, **turn)
         follow = events.attack_if_ready if is_quick else events.show
@@ -183,7 +183,7 @@ def _seconds_of_an_attack(demo: Demo) -> float:
     """About how long one attack on two models takes here, from one step on each."""
     grey = torch.full((3, *demo.preprocessing.image_size), 0.5)
     models = demo.shown(demo.others[0].name if demo.others else None)
-    options = {"norm": demo.threat_model.norm, "eps": demo.threat_model.eps}
+    options: dict[str, Any] = {"norm": demo.threat_model.norm, "eps": demo.threat_model.eps}
     attack_image(models, grey, steps=1, **options)  # the first pass of a model is slower
     started = time.perf_counter()
     attack_image(models, grey, steps=1, **options)

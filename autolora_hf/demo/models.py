@@ -198,7 +198,7 @@ def _examples(model: Path, folder: str | os.PathLike | None, robust: AutoLoraMod
     if folder is None and (model / EXAMPLES).is_dir():
         folder = model / EXAMPLES
     if folder is not None:
-        images = ClassFolder(folder, labelled=False)
+        images = ClassFolder(Path(folder), labelled=False)
         chosen = _spread(range(len(images)), MOST_EXAMPLES)
         paths = [Path(images.samples[index][0]) for index in chosen]
         inside = [path.parent != Path(folder).expanduser() for path in paths]

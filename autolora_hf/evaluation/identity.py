@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -39,10 +39,12 @@ def describe_evaluation(
         conditions (`dict`): Threat model, attacks, seed, route, versions.
     """
     weights = []
-    # Of every route that there is, since another one may be measured later.
-    for route in model.routes if isinstance(model, AutoLoraModel) else [None]:
-        # Under another route a model may have other norm statistics.
-        with nullcontext() if route is None else model.route(route):
+    each_route: list[AbstractContextManager] = [nullcontext()]
+    if isinstance(model, AutoLoraModel):
+        # Another route may be measured later, and have other norm statistics.
+        each_route = [model.route(name) for name in model.routes]
+    for route in each_route:
+        with route:
             # With buffers that are not saved, such as those of the normalisation.
             weights.append(weights_digest({**dict(view.named_parameters()), **dict(view.named_buffers())}))
     network = hashlib.sha256(_ADDRESS.sub("", repr(view)).encode()).hexdigest()

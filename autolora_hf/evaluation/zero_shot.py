@@ -52,8 +52,9 @@ class ZeroShotClassifier(nn.Module):
         self.register_buffer("embeddings", F.normalize(embeddings.detach().to(reference.device, torch.float32), dim=1))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        found = F.normalize(self.tower(pixels).to(self.embeddings.dtype), dim=1)
-        return self.scale * found @ cast(Tensor, self.embeddings).T
+        embeddings = cast(Tensor, self.embeddings)
+        found = F.normalize(self.tower(pixels).to(embeddings.dtype), dim=1)
+        return self.scale * found @ embeddings.T
 
 
 @torch.no_grad()

@@ -294,7 +294,7 @@ class DiagnosisCallback(TrainerCallback):
         trainer = self.trainer
         self._validation = Validation.of(trainer.eval_dataset.labels, trainer.model.num_classes)
         if state.global_step == 0 and trainer.objective.needs_adversarial:
-            with hidden_progress(args.disable_tqdm):
+            with hidden_progress(bool(args.disable_tqdm)):
                 self._measure_start()
         # What a run that goes on has said before is not said again.
         self._said = 0 if state.global_step == 0 else len(self._findings())

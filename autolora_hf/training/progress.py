@@ -58,10 +58,15 @@ class EpochTableCallback(ProgressCallback):
             cast(Any, self.training_bar).write(f"{'epoch':>7}  {titles}")
 
     def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
     ) -> None:
         is_new = self.prediction_bar is None
-        super().on_prediction_step(args, state, control, **kwargs)
+        super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
         if is_new and self.prediction_bar is not None:
             _calm(self.prediction_bar)
 

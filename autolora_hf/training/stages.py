@@ -86,7 +86,7 @@ def run_finisher(trainer: AutoLoraTrainer) -> None:
         attack=args.validation_attack(),
         epochs=trainer.plan["epochs"],
     )
-    with trainer.model.own_precision(), hidden_progress(args.disable_tqdm):
+    with trainer.model.own_precision(), hidden_progress(bool(args.disable_tqdm)):
         trainer.plan["finished"] = {"finish": args.finish, **args.new_finisher()(finished)}
     if args.should_save:
         write_json(trainer.plan, Path(args.output_dir) / "training_plan.json")

@@ -110,7 +110,7 @@ class AutoLoraTrainer(EvaluatingTrainer):
         model.limit_training(self.objective.routes, heads_only=self.objective.heads_only)
         args.new_finisher().prepare(model)
         args.create_output_dir()
-        with hidden_progress(args.disable_tqdm):
+        with hidden_progress(bool(args.disable_tqdm)):
             train, validation = self._prepare_data(model, args, train_dataset, eval_dataset)
         self.plan = self._make_plan(args, train, validation, eval_dataset is None) | self.objective.describe()
         model.training_plan = self.plan
