@@ -68,7 +68,7 @@ def test_the_example_trains_saves_and_loads(example, tmp_path, mode):
     loaded = load_autolora_model(tmp_path / "out", base_model=base)
     expected = trainer.model.eval().pixel_space(ROBUST)(pixels())
     assert torch.allclose(loaded.pixel_space()(pixels()), expected, atol=1e-5)
-    with pytest.raises(ValueError, match="has weight, which MixedBatches does not know. Its options are share"):
+    with pytest.raises(ValueError, match="has weight, which MixedBatches does not know"):
         trainer_for(tmp_path / "other", objective=name, objective_kwargs={"weight": 1})
 
 
