@@ -34,6 +34,8 @@ class ZeroShotClassifier(nn.Module):
         ValueError: If the model is no image tower, or the embeddings are not K x D and finite.
     """
 
+    embeddings: Tensor
+
     def __init__(self, model: AutoLoraModel, embeddings: Tensor, scale: float = LOGIT_SCALE) -> None:
         super().__init__()
         if not isinstance(model, AutoLoraModel) or tower_of(model) is None:
@@ -52,9 +54,8 @@ class ZeroShotClassifier(nn.Module):
         self.register_buffer("embeddings", F.normalize(embeddings.detach().to(reference.device, torch.float32), dim=1))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        embeddings = cast(Tensor, self.embeddings)
-        found = F.normalize(self.tower(pixels).to(embeddings.dtype), dim=1)
-        return self.scale * found @ embeddings.T
+        found = F.normalize(self.tower(pixels).to(self.embeddings.dtype), dim=1)
+        return self.scale * found @ self.embeddings.T
 
 
 @torch.no_grad()
