@@ -5,13 +5,13 @@ import shutil
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import timm
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 from timm.models import save_for_hf
+from tiny_models import save_colours
 
 from autolora_hf import AutoLoraConfig, Preprocessing, ThreatModel, get_autolora_model, load_autolora_model
 from autolora_hf.cli import COMMANDS, main
@@ -24,15 +24,7 @@ def workplace(tmp_path_factory):
     """A backbone in timm's folder format, and training and test images of three colours by class."""
     root = tmp_path_factory.mktemp("cli")
     save_for_hf(timm.create_model("test_resnet", num_classes=7), str(root / "backbone"), safe_serialization=True)
-    random = np.random.default_rng(0)
-    for split, count in (("train", 20), ("test", 6)):
-        for channel, name in enumerate(("red", "green", "blue")):
-            folder = root / "images" / split / name
-            folder.mkdir(parents=True)
-            for index in range(count):
-                array = random.integers(0, 80, (32, 32, 3), dtype=np.uint8)
-                array[..., channel] += 150
-                Image.fromarray(array).save(folder / f"{index}.png")
+    save_colours(root / "images", train=20, test=6)
     return root
 
 

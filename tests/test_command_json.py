@@ -10,15 +10,13 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 from huggingface_hub import CommitInfo
-from PIL import Image
 from safetensors.torch import save_file
 from test_conversion import DUAL, RESNET18, resnet_file
 from timm.models import save_for_hf
-from tiny_models import MODELS, change_everything
+from tiny_models import MODELS, change_everything, save_colours
 
 from autolora_hf import ThreatModel
 from autolora_hf.cli import COMMANDS, main
@@ -36,15 +34,7 @@ def workplace(tmp_path_factory):
     """A backbone, a saved model of mode `full`, and images of three colours by class."""
     root = tmp_path_factory.mktemp("json")
     save_for_hf(timm.create_model("test_resnet", num_classes=7), str(root / "backbone"), safe_serialization=True)
-    random = np.random.default_rng(0)
-    for split, count in (("train", 12), ("test", 4)):
-        for channel, name in enumerate(("red", "green", "blue")):
-            folder = root / "images" / split / name
-            folder.mkdir(parents=True)
-            for index in range(count):
-                array = random.integers(0, 80, (32, 32, 3), dtype=np.uint8)
-                array[..., channel] += 150
-                Image.fromarray(array).save(folder / f"{index}.png")
+    save_colours(root / "images", train=12, test=4)
     model = MODELS["timm_resnet"].adapted(num_classes=3, mode="full")
     change_everything(model)
     model.threat_model, model.label_names = ThreatModel("linf", 2 / 255), list(NAMES)

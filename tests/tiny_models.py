@@ -5,9 +5,12 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
+import numpy as np
 import timm
 import torch
+from PIL import Image
 from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
@@ -121,6 +124,19 @@ VARIANTS = [
 def pixels(count: int = 4, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Random images in [0, 1]."""
     return torch.rand(count, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def save_colours(root: Path, **counts: int) -> None:
+    """Noisy images of three colours by class, so many of each in a folder for every split."""
+    random = np.random.default_rng(0)
+    for split, count in counts.items():
+        for channel, name in enumerate(("red", "green", "blue")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                array = random.integers(0, 80, (32, 32, 3), dtype=np.uint8)
+                array[..., channel] += 150
+                Image.fromarray(array).save(folder / f"{index}.png")
 
 
 def change_everything(model, seed: int = 1) -> None:

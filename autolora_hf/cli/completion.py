@@ -43,6 +43,7 @@ def _all_commands(commands: dict[str, str], file: Any, folder: Any) -> argparse.
     parsers = root.add_subparsers(dest="command")
     for name, what in commands.items():
         own = import_module(f".{name}", __package__).build_parser()
+        choices = _train_choices() if name == "train" else {}
         for action in own._actions:
             # Of `--output_dir` and `--output-dir`, which are the same, one is enough.
             if any("-" in option.lstrip("-") for option in action.option_strings):
@@ -51,8 +52,8 @@ def _all_commands(commands: dict[str, str], file: Any, folder: Any) -> argparse.
                 action.complete = folder
             elif action.dest in FILES:
                 action.complete = file
-            elif name == "train" and action.dest in _train_choices():
-                action.choices = _train_choices()[action.dest]
+            elif action.dest in choices:
+                action.choices = choices[action.dest]
         parsers.add_parser(name, help=what, parents=[own], add_help=False)
     return root
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-import torch
-
-from .model import add_model_arguments
+from .model import add_model_arguments, check_device
 from .parser import CommandParser
 from .result import CommandResult
 
@@ -53,11 +51,7 @@ def run(argv: list[str]) -> CommandResult:
         parser.error(f"--steps must be at least 1, got {args.steps}")
     if args.space is not None and args.base_model is not None:
         parser.error("--space cannot take --base-model along: a Space finds the backbone by its recorded name")
-
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
+    check_device(parser, args.device)
 
     # Imported late: they take seconds, and Gradio may be missing, which is said before the models are loaded.
     from ..demo.launch import import_gradio, launch

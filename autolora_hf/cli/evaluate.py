@@ -23,7 +23,7 @@ from ..files import check_writable
 from ..modeling import AutoLoraModel
 from .data import open_data
 from .display import show_progress
-from .model import add_model_arguments, open_model
+from .model import add_model_arguments, check_device, open_model
 from .parser import CommandParser
 from .result import CommandResult, report_values
 
@@ -105,10 +105,7 @@ def run(argv: list[str]) -> CommandResult:
     args = parser.parse_args(argv)
     if args.examples < 0:
         parser.error(f"--examples must not be negative, got {args.examples}")
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
+    check_device(parser, args.device)
     if args.training_log and not args.html:
         parser.error("--training-log is for the page that --html names")
     for path in filter(None, (args.output, args.html)):
