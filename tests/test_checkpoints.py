@@ -14,7 +14,7 @@ import torch
 from test_trainer import StopAfter, copied_state, fake_robust_accuracy, logged, new_trainer, same
 from transformers import TrainerCallback
 
-from autolora_hf.training import checkpoints
+from autolora_hf.training import checkpoints, resuming
 from autolora_hf.training.checkpoints import SEAL, damage, delete_obsolete, last_whole_checkpoint
 
 
@@ -149,6 +149,26 @@ def test_a_run_that_was_over_trains_no_further(tmp_path):
     again = run(tmp_path, resume=True, min_learning_rate=0.004, learning_rate=0.005)
     assert again.state.global_step == first.state.global_step
     assert same(copied_state(again.model), copied_state(first.model))
+
+
+def test_what_the_last_checkpoint_made_obsolete_goes(tmp_path, monkeypatch):
+    """Killed after the last checkpoint appeared and before older ones were deleted."""
+    run(tmp_path / "whole", epochs=5)
+    deletions = []
+
+    def killed_at_the_last(*args):
+        deletions.append(args)
+        if len(deletions) == 5:
+            raise KeyboardInterrupt
+        delete_obsolete(*args)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(resuming, "delete_obsolete", killed_at_the_last)
+        run(tmp_path / "killed", epochs=5)
+    whole, killed = ({path.name for path in (tmp_path / name).iterdir()} for name in ("whole", "killed"))
+    assert len(killed - whole) == 1
+    run(tmp_path / "killed", resume=True, epochs=5)
+    assert {path.name for path in (tmp_path / "killed").iterdir()} == whole
 
 
 def test_changed_conditions_are_said(tmp_path, caplog):

@@ -75,6 +75,9 @@ class ResumableTrainer(Trainer):
             self._compare_with(checkpoint)
         path = None if checkpoint is None else str(checkpoint)
         output = super().train(path, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
+        if checkpoint is not None and self.args.should_save:
+            # A run that was killed between its last checkpoint and this saves no other one, which would do it.
+            delete_obsolete(self._get_output_dir(trial), self.args.save_total_limit)
         # The mean over the whole run, also when this call trained the last part of it.
         return output._replace(training_loss=output.metrics["train_loss"])
 
