@@ -4,6 +4,7 @@ import ast
 import inspect
 import json
 import re
+from collections import defaultdict
 from importlib import import_module
 from pathlib import Path
 
@@ -78,6 +79,20 @@ def test_the_costs_of_objectives_are_those_of_the_results():
         assert objective in OBJECTIVES
         _, mean_natural, _, mean_autoattack, mean_time, *_ = results[SYSTEMS[objective]]
         assert [time, natural, autoattack] == [mean_time, mean_natural.split()[0], mean_autoattack], objective
+
+
+def test_every_figure_in_choosing_a_method_was_measured():
+    """Those with a decimal or thousands: on a page of results, or a mean over the seeds of a point of the grid."""
+    figure = r"(?<![\d.,])\d+\.\d+(?![\d.])|(?<![\d.,])\d{1,3},\d{3}\b"
+    pages = [(DOCS / f"{name}.md").read_text() for name in ("results", "scalar_accuracy", "extraction")]
+    measured = {one for text in pages for one in re.findall(figure, text)}
+    seeds = defaultdict(list)
+    for row in json.loads((DOCS / "sensitivity.json").read_text())["rows"]:
+        seeds[row["system"]].append(row.get("natural"))
+    measured |= {f"{100 * sum(found) / len(found):.1f}" for found in seeds.values() if None not in found}
+    quoted = re.findall(figure, re.sub(r"```.*?```", "", page("choose-a-method"), flags=re.S))
+    assert len(quoted) > 60
+    assert not [one for one in quoted if one not in measured]
 
 
 def test_the_table_of_never_robust_backbones_is_that_of_its_file():
