@@ -130,19 +130,19 @@ class Checkpoint:
         write_json(_sealed({"evaluation": self.key, "images": images, "answers": answers}), path)
 
     def read(
-        self, number: int, stage: str, batches: list[list[int]], digests: dict[int, str] | None
+        self, key: str, stage: str, batches: list[list[int]], digests: dict[int, str] | None
     ) -> tuple[dict[int, BatchVerdicts], list[str]]:
         """The verdicts that are there of a stage, by batch, and what is wrong with the files of others.
 
         Args:
-            number (`int`), stage (`str`): Number and name of the stage.
+            key (`str`), stage (`str`): What the files of the stage begin with, and its name.
             batches (`list[list[int]]`): The images of each batch: positions in the data set.
             digests (`dict[int, str]`, *optional*): What identifies each of these images, if that is known.
         """
         # The first stage also tells what is wrong with the manifest.
         found, problems, self._problems = {}, self._problems, []
         for index, images in enumerate(batches):
-            path = self._path(number, index)
+            path = self._path(key, index)
             if not path.exists():
                 continue
             try:
@@ -164,12 +164,12 @@ class Checkpoint:
                 found[index] = verdicts
         return found, problems
 
-    def write(self, number: int, index: int, verdicts: BatchVerdicts) -> None:
-        """Keeps the verdicts on batch `index` of stage `number`."""
-        write_json(_sealed({"evaluation": self.key, **asdict(verdicts)}), self._path(number, index))
+    def write(self, key: str, index: int, verdicts: BatchVerdicts) -> None:
+        """Keeps the verdicts on batch `index` of the stage whose files begin with `key`."""
+        write_json(_sealed({"evaluation": self.key, **asdict(verdicts)}), self._path(key, index))
 
-    def _path(self, number: int, index: int) -> Path:
-        return self.folder / f"stage-{number:02}-batch-{index:05}.json"
+    def _path(self, key: str, index: int) -> Path:
+        return self.folder / f"{key}-batch-{index:05}.json"
 
 
 def differing(one: dict[str, Any], other: dict[str, Any], places: tuple[str, str] = ("there", "here")) -> list[str]:

@@ -49,8 +49,6 @@ from .zero_shot import refuse_tower
 
 
 _VERSIONS = ("torch", "timm", "transformers", "peft", "pyautoattack", "imagecorruptions-imaug", "numpy")
-# Numbers of the first stage of what is measured besides, so that it does not move what comes after it.
-_OTHER_ROUTE, _CURVE, _CORRUPTIONS = 100, 200, 300
 
 
 def evaluate_robustness(
@@ -179,15 +177,16 @@ def evaluate_robustness(
 
         other_route = None
         for subject in subjects[1:]:
-            stages.view, stages.target, stages.number = subject.view, subject.target, _OTHER_ROUTE
+            stages.view, stages.target = subject.view, subject.target
+            stages.begin("other-route")
             other = stages.clean()
             natural = accuracy_of(other.correct)
             subject.attacked(stages, requested, attacks, threat_model, seed, other)
             other_route = RouteResult(subject.route, natural, accuracy_of(other.correct))
             stages.view, stages.target = view, target
-        stages.number = _CURVE
+        stages.begin("curve")
         found_curve = _measure_curve(stages, clean, radii, seed)
-        stages.number = _CORRUPTIONS
+        stages.begin("corruption")
         found_corruptions = _measure_corruptions(stages, corrupted_by, seed)
 
         protocol: Protocol = "custom"

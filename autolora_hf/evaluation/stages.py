@@ -87,7 +87,6 @@ class Stages:
         checkpoint (`Checkpoint`, *optional*): Where finished batches are kept and found again.
         seed (`int`): Seed of each batch.
         progress (`bool`): Show a progress bar an attack, in the main process.
-        number (`int`): Number of the first stage; each has its own, by which a checkpoint finds it again.
 
     Attributes:
         digests (`dict[int, str]`): What identifies each image, by its position in the data set.
@@ -102,10 +101,15 @@ class Stages:
     checkpoint: Checkpoint | None
     seed: int
     progress: bool
-    number: int = 0
     digests: dict[int, str] = field(default_factory=dict)
     devices: dict[str, None] = field(default_factory=dict)
     earlier_seconds: float = 0.0
+    _series: str = field(default="stage", init=False)
+    _count: int = field(default=0, init=False)
+
+    def begin(self, series: str) -> None:
+        """Numbers the stages that follow by themselves, so that a checkpoint finds them whatever was run before."""
+        self._series, self._count = series, 0
 
     @property
     def _folder(self) -> Path | None:
@@ -121,12 +125,12 @@ class Stages:
             ValueError: If the model returns NaN, or an image is not the one that the checkpoint is about.
         """
         batches = self.samples.split(torch.arange(len(self.samples)))
-        number = self._next()
-        known = self._known(number, CLEAN, batches, any_digests=True)
+        key = self._next()
+        known = self._known(key, CLEAN, batches, any_digests=True)
 
         def classify(index: int) -> tuple[BatchVerdicts, int]:
             batch = batches[index]
-            found = self._measured(number, CLEAN, index, batch, self._classify_clean, keep=index not in known)
+            found = self._measured(key, CLEAN, index, batch, self._classify_clean, keep=index not in known)
             earlier = known.get(index, found)
             rows = zip(found.sample_indices, found.sample_digests, earlier.sample_digests, strict=True)
             changed = [str(image) for image, here, there in rows if here != there]
@@ -209,8 +213,8 @@ class Stages:
         only_wrong: bool = False,
     ) -> float:
         """One stage after the clean images. Returns the wall time of the batches that were known from a checkpoint."""
-        number = self._next()
-        known = self._known(number, name, batches)
+        key = self._next()
+        known = self._known(key, name, batches)
         if known and self.processes.is_main:
             logger.info("%s: %d of %d batches are known from %s.", name, len(known), len(batches), self._folder)
         for index, verdicts in known.items():
@@ -220,7 +224,7 @@ class Stages:
         self.earlier_seconds += earlier_seconds
 
         def measure(index: int) -> BatchVerdicts:
-            return self._measured(number, name, index, batches[index], classify)
+            return self._measured(key, name, index, batches[index], classify)
 
         todo = [index for index in range(len(batches)) if index not in known]
         is_shown = self.progress and self.processes.is_main
@@ -237,19 +241,20 @@ class Stages:
                 self.target.on_pass = None
         return earlier_seconds
 
-    def _next(self) -> int:
-        self.number += 1
-        return self.number - 1
+    def _next(self) -> str:
+        """What the next stage is found by in a checkpoint."""
+        self._count += 1
+        return f"{self._series}-{self._count - 1:02}"
 
     def _known(
-        self, number: int, name: str, batches: list[Tensor], any_digests: bool = False
+        self, key: str, name: str, batches: list[Tensor], any_digests: bool = False
     ) -> dict[int, BatchVerdicts]:
         """The verdicts of a stage that any process finds: a folder need not be shared between machines."""
         if self.checkpoint is None:
             return {}
         with self.processes.together():
             images = [self.samples.rows(batch) for batch in batches]
-            own = self.checkpoint.read(number, name, images, None if any_digests else self.digests)
+            own = self.checkpoint.read(key, name, images, None if any_digests else self.digests)
         known: dict[int, BatchVerdicts] = {}
         problems: dict[str, None] = {}
         for found, wrong in self.processes.gather(own):
@@ -262,7 +267,7 @@ class Stages:
 
     def _measured(
         self,
-        number: int,
+        key: str,
         name: str,
         index: int,
         batch: Tensor,
@@ -284,7 +289,7 @@ class Stages:
             device=describe_device(self.view.device),
         )
         if keep and self.checkpoint is not None:
-            self.checkpoint.write(number, index, verdicts)
+            self.checkpoint.write(key, index, verdicts)
         return verdicts
 
     def _note(self, verdicts: BatchVerdicts) -> None:
