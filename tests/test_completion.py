@@ -11,13 +11,36 @@ from autolora_hf.cli import completion as completion_module
 
 pytest.importorskip("shtab", reason='needs shtab: pip install "autolora-hf[completion]"')
 
-# Calls the function that bash would call, with the words of the line so far.
-ASK = """
-source "$1"; shift
-COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1))
+# Each prints what a shell offers for the last word of a line; the script of the shell is the first argument.
+ASK = {
+    # Calls the function that bash would call, with the words of the line so far.
+    "bash": """
+source "$1"
+read -r -a COMP_WORDS <<< "$2"
+[[ $2 == *" " ]] && COMP_WORDS+=("")
+COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
 _shtab_autolora
 printf '%s\\n' "${COMPREPLY[@]}"
-"""
+""",
+    "fish": """
+source $argv[1]
+complete --do-complete $argv[2] | string split --fields 1 \\t | string trim --right --chars /
+""",
+    # Completion needs a terminal: an interactive shell has one, and prints each match that it is given.
+    "zsh": """
+zmodload zsh/zpty
+zpty shell zsh -f -i
+ask() { zpty -w shell $1 }
+ask "PS1=; LISTMAX=10000; autoload -Uz compinit; compinit -u -D; source ${(q)1}; compdef _shtab_autolora autolora"
+ask 'compadd() { local -a _m; builtin compadd -O _m "$@"; print -rl -- "<"${^_m}">"; builtin compadd "$@" }'
+ask 'print READY'
+zpty -m -r shell _ '*READY*'
+zpty -w -n shell "$2"$'\\t\\C-u'
+ask exit
+while zpty -r shell line; do print -r -- $line; done | grep -ao '<[^<>]*>' | tr -d '<>'
+""",
+}
+START = {"bash": ["bash", "--norc", "-c"], "fish": ["fish", "--no-config", "-c"], "zsh": ["zsh", "-f", "-c"]}
 
 
 @pytest.fixture(scope="module")
@@ -28,18 +51,23 @@ def scripts(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def complete(scripts, tmp_path):
-    """What bash offers for the last word of a line, in a folder with a few files."""
-    if shutil.which("bash") is None:
-        pytest.skip("needs bash")
+@pytest.fixture(params=completion_module.SHELLS)
+def complete(scripts, tmp_path, monkeypatch, request):
+    """What a shell offers for the last word of a line, in a folder with a few files."""
+    shell = request.param
+    if shutil.which(shell) is None:
+        pytest.skip(f"needs {shell}")
     (tmp_path / "birds-robust").mkdir()
     (tmp_path / "birds.json").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # fish keeps files there
 
     def ask(*words):
-        command = ["bash", "--norc", "-c", ASK, "bash", str(scripts / "bash"), "autolora", *words]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-        # `compopt` complains where nothing is typed.
+        line = " ".join(["autolora", *words])
+        # fish takes the first argument after the commands as the first of `argv`, the others as their name.
+        name = [] if shell == "fish" else [shell]
+        command = [*START[shell], ASK[shell], *name, str(scripts / shell), line]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", cwd=tmp_path, timeout=60)
+        # bash's `compopt` complains where nothing is typed.
         assert "syntax error" not in done.stderr
         return set(done.stdout.split())
 
