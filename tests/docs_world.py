@@ -58,7 +58,7 @@ def picture(label: int, random: np.random.Generator, size: int = 36) -> Image.Im
 
 
 def _write_files(folder: Path) -> None:
-    """`birds/train/CLASS/*.jpg`, `birds/test/CLASS/*.jpg`, `shards/train-*.tar`, `dynacl.pt` and a model of the clone."""
+    """Folders `birds/` and `shards/`, `dynacl.pt`, and a copy of a model of the clone in `model_cards/`."""
     import torch
     from test_conversion import RESNET18, acl_file
 
