@@ -51,6 +51,10 @@ def launch(
     page = build(demo)
     try:
         return _launched(gradio, page, host, port, share, options)
+    except OSError as error:
+        if port is None or "Cannot find empty port" not in str(error):
+            raise
+        raise OSError(f"Another program has port {port}: choose another one (`--port`), or none.") from error
     except ValueError as error:
         # Gradio asks its own page once, and otherwise advises to share it with the world.
         if "localhost is not accessible" not in str(error):

@@ -83,6 +83,15 @@ def test_a_page_that_this_machine_cannot_reach_is_not_shared_instead(monkeypatch
         launch(open_demo(DIGITS), host="127.0.0.1", prevent_thread_lock=True, quiet=True)
 
 
+def test_a_port_that_is_taken():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(OSError, match=rf"Another program has port {port}: choose another one \(`--port`\)"):
+            launch(open_demo(DIGITS), host="127.0.0.1", port=port, prevent_thread_lock=True, quiet=True)
+
+
 def test_names_and_notes_are_escaped(tmp_path):
     demo = open_demo(DIGITS, title="<script>alert(1)</script>")
     demo.label_names[:] = [f"<b>{number}" for number in range(10)]
