@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+import json
 import logging
 import math
 import os
@@ -225,6 +226,17 @@ def current_results(model: AutoLoraModel) -> list[dict[str, Any]]:
             len(model.results),
         )
     return results
+
+
+def without_times(result: dict[str, Any]) -> str:
+    """A result as JSON text, without the seconds that it and its attacks took."""
+
+    def timeless(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: timeless(item) for key, item in value.items() if key != "seconds"}
+        return [timeless(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return json.dumps(timeless(result), sort_keys=True)
 
 
 def deployed_digest(model: AutoLoraModel) -> str:

@@ -36,7 +36,7 @@ GIVEN = re.compile(r"^<!-- given: (.*?) -->$", re.MULTILINE)
 RUN = ("python", "bash")
 LAUNCHERS = ("torchrun", "accelerate")
 # What a page may tell readers to install or call that is no part of this repository.
-OTHER_TOOLS = ("git", "hf", "mkdocs", "cd", "source", "docker", "jq", "tensorboard", "trackio")
+OTHER_TOOLS = ("git", "hf", "mkdocs", "cd", "source", "docker", "jq", "mkdir", "tensorboard", "trackio")
 
 
 @dataclass(frozen=True)

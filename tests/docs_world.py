@@ -6,7 +6,7 @@ run in seconds and without a network, exactly this is substituted, and nothing e
 - The Hub is `hub_server.py` on this machine. The clients of huggingface-hub, timm, transformers, datasets and PEFT are
   the real ones, logged in as `org`.
 - Networks (`SMALL`, `_publish_models`) have their real names and classes, but few channels, 32 x 32 pixels and random
-  weights. `org/quickstart-digits` is the real model of `model_cards/`.
+  weights. `model_cards/quickstart-digits` is the real one.
 - Data (`_write_files`, `_publish_data`) are small pictures of three colours: `birds/` by class, tar shards of them,
   and a data set on the Hub with the columns and splits of the one whose name it has.
 - Trainings (`shorten`) have one epoch, batches of up to 16, and attacks of up to 2 steps; AutoAttack's attacks have 20
@@ -58,7 +58,7 @@ def picture(label: int, random: np.random.Generator, size: int = 36) -> Image.Im
 
 
 def _write_files(folder: Path) -> None:
-    """`birds/train/CLASS/*.jpg`, `birds/test/CLASS/*.jpg`, `shards/train-*.tar` and `dynacl.pt`."""
+    """Folders `birds/` and `shards/`, `dynacl.pt`, and a copy of a model of the clone in `model_cards/`."""
     import torch
     from test_conversion import RESNET18, acl_file
 
@@ -81,6 +81,7 @@ def _write_files(folder: Path) -> None:
                     tar.addfile(entry, io.BytesIO(data))
     torch.manual_seed(0)
     torch.save({"state_dict": acl_file(RESNET18)}, folder / "dynacl.pt")
+    shutil.copytree(ROOT / "model_cards" / "quickstart-digits", folder / "model_cards" / "quickstart-digits")
 
 
 def _publish_models(store: Store) -> None:
@@ -106,7 +107,6 @@ def _publish_models(store: Store) -> None:
         save_with_processor(whole_clip(), folder)
         tokenizer().save_pretrained(folder)
         store.put("openai/clip-vit-base-patch32", files_of(folder))
-    store.put("org/quickstart-digits", files_of(ROOT / "model_cards" / "quickstart-digits"))
 
 
 def _publish_data(store: Store) -> None:

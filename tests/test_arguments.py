@@ -17,6 +17,12 @@ def test_batch_sizes_are_positive(name, value, tmp_path):
         arguments(tmp_path, **{name: value})
 
 
+def test_steps_of_the_command_line_are_quoted_as_they_were_given(tmp_path):
+    """There they are a float, since below 1 they are a share."""
+    with pytest.raises(ValueError, match="`warmup_steps=10` would have no effect"):
+        arguments(tmp_path, warmup_steps=10.0)
+
+
 @pytest.mark.parametrize("below", [False, True])
 def test_an_output_folder_that_cannot_be_created(below, tmp_path):
     file = tmp_path / "file"

@@ -89,6 +89,20 @@ def test_robust_accuracy_in_the_metadata_is_autoattack(tmp_path):
     assert "There is no AutoAttack" not in card.text and "upper bounds" in card.text
 
 
+def test_a_repeated_measurement_is_one_measurement(tmp_path):
+    """The test after a training and the release of what it saved measure the same; the card has it once."""
+    model = new_model("timm_resnet", "full")
+    report = measured(model, **STANDARD)
+    model.add_result(report)
+    model.save_pretrained(tmp_path / "trained")
+    loaded = load_autolora_model(tmp_path / "trained")
+    attacks = [dataclasses.replace(attack, seconds=attack.seconds + 1) for attack in report.attacks]
+    loaded.add_result(dataclasses.replace(report, seconds=report.seconds + 4, attacks=attacks))
+    assert [found.seconds for found in reports_of(loaded)] == [report.seconds + 4]
+    loaded.add_result(dataclasses.replace(report, seed=1))
+    assert [found.seed for found in reports_of(loaded)] == [0, 1]
+
+
 def test_no_measurement_no_claim(tmp_path):
     model = new_model()
     model.save_pretrained(tmp_path)

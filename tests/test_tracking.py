@@ -52,6 +52,14 @@ def shown(history):
 # ---- trackers ----
 
 
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
+def test_a_tracker_that_is_not_installed_is_a_missing_package(tmp_path):
+    """So the command line says it in one message; transformers raises a `RuntimeError`."""
+    model = MODELS["timm_resnet"].adapted()
+    with pytest.raises(ModuleNotFoundError, match=r"`--report-to`\) names a tracker .* `pip install wandb`"):
+        AutoLoraTrainer(model, arguments(tmp_path, report_to=["wandb"]), train_dataset=pictures())
+
+
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory):
     """A run that both trackers have followed, offline, and their folders."""

@@ -43,12 +43,32 @@ def launch(
 
     Raises:
         ModuleNotFoundError: If Gradio is not installed.
-        OSError: If the port is taken.
+        OSError: If the port is taken, or this machine cannot reach its own page.
     """
     gradio = import_gradio()
     from .app import build
 
-    return build(demo).launch(
+    page = build(demo)
+    try:
+        return _launched(gradio, page, host, port, share, options)
+    except OSError as error:
+        if port is None or "Cannot find empty port" not in str(error):
+            raise
+        raise OSError(f"Another program has port {port}: choose another one (`--port`), or none.") from error
+    except ValueError as error:
+        # Gradio asks its own page once, and otherwise advises to share it with the world.
+        if "localhost is not accessible" not in str(error):
+            raise
+        address = page.local_url
+        page.close(verbose=False)
+        raise OSError(
+            f"The page did not answer within 3 seconds at {address}, so it is not served. If a proxy is set, exempt "
+            "this machine from it: NO_PROXY=127.0.0.1,localhost. If the machine is busy, try again."
+        ) from error
+
+
+def _launched(gradio: Any, page: Any, host: str | None, port: int | None, share: bool, options: dict[str, Any]) -> Any:
+    return page.launch(
         server_name=host,
         server_port=port,
         share=share,

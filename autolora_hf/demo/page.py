@@ -16,7 +16,7 @@ from ..evaluation import RobustnessReport
 from ..evaluation.figures import amplified_change
 from .attack import Answer, Attacked, CurvePoint, Outcome
 from .chart import curve_chart, legend
-from .models import Classifier, Demo
+from .models import ROUTE_NAME, Classifier, Demo
 from .radii import Scale, radius_text
 
 
@@ -88,10 +88,17 @@ def radius_line(scale: Scale, eps: float) -> str:
 
 def introduction(demo: Demo) -> str:
     """Title and what the page is about, in two sentences."""
+    names = [classifier.name for classifier in demo.others]
+    which = "on a model that was trained to withstand it"
+    if names == [ROUTE_NAME]:
+        # It shares the backbone with the robust route, so it is no example of a model that does not withstand.
+        which += ", and on its other route, which learnt from clean images and may withstand much of it too"
+    elif names:
+        which += " and on one that was not"
     return (
         f"<h1>Attack {escape(demo.title)}</h1>"
         "<p>An attack looks for a small change of an image that changes the answer of a model. Here you can see it at "
-        "work, on a model that was trained to withstand it and on one that was not.</p>"
+        f"work, {which}.</p>"
     )
 
 

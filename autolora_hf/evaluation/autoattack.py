@@ -118,7 +118,7 @@ def autoattack_components(
         The attacks to run, and for each one left out the reason.
 
     Raises:
-        ImportError: If `pyautoattack` is not installed.
+        ModuleNotFoundError: If `pyautoattack` is not installed.
         ValueError: If there are fewer than 2 classes.
     """
     load_library()
@@ -144,11 +144,11 @@ def autoattack_components(
 
 
 def load_library() -> Any:
-    """The module `pyautoattack`. Raises `ImportError` with the command that installs it."""
+    """The module `pyautoattack`. Raises `ModuleNotFoundError` with the command that installs it."""
     try:
         import pyautoattack
     except ImportError as error:
-        raise ImportError("AutoAttack needs the package pyautoattack: `pip install pyautoattack`.") from error
+        raise ModuleNotFoundError("AutoAttack needs the package pyautoattack: `pip install pyautoattack`.") from error
     return pyautoattack
 
 

@@ -82,7 +82,7 @@ def corrupted(pixels: Tensor, name: str, severity: int, seed: int, keys: Sequenc
         keys (`Sequence[int]`): What identifies each image, N, not negative: its position in the data set.
 
     Raises:
-        ImportError: If the library is missing, or the package that it replaces is installed.
+        ModuleNotFoundError: If the library is missing, or the package that it replaces is installed.
         TypeError: If `pixels` is no float tensor.
         ValueError: If the images, the name, the severity or the keys are not as described.
     """
@@ -124,17 +124,17 @@ def check_corruption(name: str, severity: int) -> None:
 
 
 def load_library() -> dict[str, Callable[..., Any]]:
-    """The library's functions by name. Raises `ImportError` with the command that installs it."""
+    """The library's functions by name. Raises `ModuleNotFoundError` with the command that installs it."""
     try:
         from imagecorruptions import corruption_dict
     except ImportError as error:
         # OpenCV is there and still cannot be imported where the machine lacks the libraries of a display.
-        raise ImportError(
+        raise ModuleNotFoundError(
             f"Corruptions need the package imagecorruptions-imaug: `{INSTALL}` ({error}). If a shared library such as "
             "libGL is missing, replace opencv-python by opencv-python-headless."
         ) from error
     if "seed" not in inspect.signature(corruption_dict["glass_blur"]).parameters:
-        raise ImportError(
+        raise ModuleNotFoundError(
             "The package imagecorruptions is installed, which does not run with numpy 2 and hides the one that "
             f"replaces it: `pip uninstall imagecorruptions`, then `{INSTALL}`."
         )

@@ -119,7 +119,7 @@ def evaluate_robustness(
             does not return N x K logits (an image tower does not; see [`ZeroShotClassifier`]), `checkpoint_dir` holds
             another evaluation, or the processes were given different models or arguments. All but what an attack
             returns is checked before the first attack starts.
-        ImportError: If a package is missing that an attack or corruptions need.
+        ModuleNotFoundError: If a package is missing that an attack or corruptions need.
         RuntimeError: If another process was killed, or never called this function.
     """
     started = time.perf_counter()

@@ -18,7 +18,16 @@ T = TypeVar("T")
 ARRIVAL, ATTACK = timedelta(minutes=30), timedelta(days=100)
 
 # What an error of one process is raised as in the others, so that all of them can be handled alike.
-_KINDS = (ValueError, TypeError, FileNotFoundError, ImportError, OSError, FloatingPointError, AssertionError)
+_KINDS = (
+    ValueError,
+    TypeError,
+    FileNotFoundError,
+    ModuleNotFoundError,
+    ImportError,
+    OSError,
+    FloatingPointError,
+    AssertionError,
+)
 
 
 @dataclass(frozen=True)

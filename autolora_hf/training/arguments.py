@@ -184,7 +184,7 @@ class AutoLoraTrainingArguments(MethodArguments, TrainingArguments):
             )
         if self.warmup_steps and self.learning_rate_schedule != "cosine":
             raise ValueError(
-                f"`warmup_steps={self.warmup_steps}` would have no effect: the schedule is "
+                f"`warmup_steps={self.warmup_steps:g}` would have no effect: the schedule is "
                 f"{self.learning_rate_schedule!r}. Leave it out, or use `schedule='cosine'` (`--schedule cosine`)."
             )
         strategies = [getattr(value, "value", value) for value in (self.eval_strategy, self.save_strategy)]

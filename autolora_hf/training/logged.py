@@ -5,7 +5,8 @@ The names are an interface: trackers, training plans and figures go by them. A n
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 
@@ -127,3 +128,17 @@ def logged_table(quantities: Iterable[LoggedQuantity] = LOGGED) -> str:
     """The quantities as a table in Markdown, for `docs/guides/tracking.md`."""
     rows = [f"| `{entry.name}` | `{entry.shown_as}` | {entry.when} | {entry.meaning} |" for entry in quantities]
     return "\n".join(["| name | in trackers | when | what it is |", "|---|---|---|---|", *rows])
+
+
+@contextlib.contextmanager
+def missing_trackers_named() -> Iterator[None]:
+    """What transformers raises for a tracker of `report_to` that is not installed, as the error of a missing package.
+
+    It is a `RuntimeError` of most trackers, which the command line takes for a defect and shows with a traceback.
+    """
+    try:
+        yield
+    except (RuntimeError, ImportError) as error:
+        if "to be installed" not in str(error):
+            raise
+        raise ModuleNotFoundError(f"`report_to` (`--report-to`) names a tracker that is not there. {error}") from error

@@ -42,7 +42,7 @@ from .epochs import EpochCallback
 from .evaluating import TRAINING, EvaluatingTrainer, accuracies, losses
 from .forward import TrainingForward
 from .gradient_similarity import GradientSimilarityCallback
-from .logged import ATTACK_END, ATTACK_START, EPS, IMAGES_PER_SECOND, SKIPPED_STEPS
+from .logged import ATTACK_END, ATTACK_START, EPS, IMAGES_PER_SECOND, SKIPPED_STEPS, missing_trackers_named
 from .numerics import StepGuard
 from .progress import EpochTableCallback
 from .redirect import call_inside
@@ -114,16 +114,17 @@ class AutoLoraTrainer(EvaluatingTrainer):
             train, validation = self._prepare_data(model, args, train_dataset, eval_dataset)
         self.plan = self._make_plan(args, train, validation, eval_dataset is None) | self.objective.describe()
         model.training_plan = self.plan
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=collate,
-            train_dataset=train,
-            eval_dataset=validation,
-            compute_metrics=accuracies if self.objective.classifies else losses,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
+        with missing_trackers_named():
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=collate,
+                train_dataset=train,
+                eval_dataset=validation,
+                compute_metrics=accuracies if self.objective.classifies else losses,
+                callbacks=callbacks,
+                optimizers=optimizers,
+            )
         self.plan["environment"] = run_environment(self)
         self._attacker = RouteAttacker(model, args, self.accelerator.mixed_precision)
         self.plan["attack_precision"] = str(self._attacker.dtype).removeprefix("torch.")

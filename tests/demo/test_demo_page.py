@@ -17,7 +17,7 @@ from huggingface_hub import SpaceCard
 from PIL import Image
 
 from autolora_hf.cli import main
-from autolora_hf.demo import open_demo, write_space
+from autolora_hf.demo import launch, open_demo, write_space
 from autolora_hf.demo import page as html
 from autolora_hf.demo.attack import attack_image
 from autolora_hf.demo.models import NATURAL_NAME, ROBUST_NAME, ROUTE_NAME
@@ -67,6 +67,29 @@ def test_bad_uploads_are_answered_in_the_page(client, seven, tmp_path):
     # The image before it is gone, so that nothing is attacked that one does not see.
     problem, results, _ = client.predict("linf", 0.1, ROUTE_NAME, api_name="/attack")
     assert "There is no image yet" in problem and "data-model" not in results
+
+
+def test_the_title_says_what_the_robust_model_is_compared_with(digits_folder):
+    """The natural route shares the backbone and withstands about as much, so it is no contrast."""
+    assert "and on one that was not.</p>" in html.introduction(open_demo(digits_folder))
+    alone = html.introduction(open_demo(DIGITS))
+    assert "on its other route" in alone and "one that was not" not in alone
+
+
+def test_a_page_that_this_machine_cannot_reach_is_not_shared_instead(monkeypatch):
+    """As behind a proxy. Gradio's own advice is `share=True`."""
+    monkeypatch.setattr("gradio.networking.url_ok", lambda url: False)
+    with pytest.raises(OSError, match=r"did not answer within 3 seconds at http://127.0.0.1:\d+/.*NO_PROXY=127.0.0.1"):
+        launch(open_demo(DIGITS), host="127.0.0.1", prevent_thread_lock=True, quiet=True)
+
+
+def test_a_port_that_is_taken():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(OSError, match=rf"Another program has port {port}: choose another one \(`--port`\)"):
+            launch(open_demo(DIGITS), host="127.0.0.1", port=port, prevent_thread_lock=True, quiet=True)
 
 
 def test_names_and_notes_are_escaped(tmp_path):

@@ -207,7 +207,7 @@ def test_refusals(monkeypatch):
     with pytest.raises(ValueError, match="at least 2 classes"):
         autoattack_components(THREATS["linf"], 1, (8, 8))
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
-    with pytest.raises(ImportError, match="pip install pyautoattack"):
+    with pytest.raises(ModuleNotFoundError, match="pip install pyautoattack"):
         autoattack_components(THREATS["linf"], 10, (8, 8))
 
 

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_models import MODELS, save_colours
 
 from autolora_hf.backbones import load_backbone
+from autolora_hf.cli import main
 from autolora_hf.evaluation.corruptions import (
     CORRUPTIONS,
     MIN_SIZE,
@@ -256,18 +258,29 @@ def test_integer_images_are_refused():
 
 def test_missing_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "imagecorruptions", None)
-    with pytest.raises(ImportError, match=r"pip install \"autolora-hf\[corruptions\]\""):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install \"autolora-hf\[corruptions\]\""):
         corrupted(images(), "fog", 1, 0, [0, 1])
     # A wrong name is reported without the library.
     with pytest.raises(ValueError, match="frost"):
         corrupted(images(), "frots", 1, 0, [0, 1])
 
 
+def test_the_command_says_what_is_missing_in_one_message(monkeypatch, tmp_path, capsys):
+    """Before anything is measured, and without a traceback."""
+    model = MODELS["timm_resnet"].adapted(num_classes=3, mode="full")
+    model.save_pretrained(tmp_path / "model")
+    save_colours(tmp_path / "images", test=1)
+    monkeypatch.setitem(sys.modules, "imagecorruptions", None)
+    options = ["--data", str(tmp_path / "images" / "test"), "--corruptions", "--attack", "pgd"]
+    assert main(["evaluate", str(tmp_path / "model"), *options]) == 1
+    assert "autolora evaluate: error: Corruptions need the package" in capsys.readouterr().err
+
+
 def test_the_package_of_2020_is_refused(monkeypatch):
     old = types.ModuleType("imagecorruptions")
     old.corruption_dict = {"glass_blur": lambda x, severity=1: x}
     monkeypatch.setitem(sys.modules, "imagecorruptions", old)
-    with pytest.raises(ImportError, match="pip uninstall imagecorruptions"):
+    with pytest.raises(ModuleNotFoundError, match="pip uninstall imagecorruptions"):
         corrupted(images(), "fog", 1, 0, [0, 1])
 
 
