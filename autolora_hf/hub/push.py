@@ -208,14 +208,14 @@ def _explained(repo_id: str) -> Iterator[None]:
     except HFValidationError as error:
         raise ValueError(f"{repo_id!r} cannot be the name of a repository: {error}") from error
     except LocalTokenNotFoundError as error:
-        raise PermissionError(f"{error} Or pass `token=`.") from error
+        raise PermissionError(f"{error} Or pass `token=` (`--token`).") from error
     except (HTTPError, ConnectionError, RuntimeError) as error:
         # An upload that fails is a RuntimeError because of what went wrong.
         status = _status(error) or _status(error.__cause__)
         if status in (401, 403):
             raise PermissionError(
                 f"The Hub refused to write to {repo_id!r} (status {status}). Log in with a token that may write "
-                "(`hf auth login`), or pass `token=`; and check that the namespace is yours."
+                "(`hf auth login`), or pass `token=` (`--token`); and check that the namespace is yours."
             ) from error
         raise OSError(
             f"{repo_id!r} could not be pushed: {error or type(error).__name__}. The Hub has all of this commit or "
