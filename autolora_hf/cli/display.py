@@ -20,6 +20,8 @@ def show_progress(is_main_process: bool = True) -> None:
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("autolora_hf").setLevel(logging.INFO)
+    # It prints its own messages; through the root logger each would appear twice.
+    logging.getLogger("huggingface_hub").propagate = False
     # At "error" the Trainer would hide its progress bars too.
     transformers_logging.set_verbosity_warning()
 
