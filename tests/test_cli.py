@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -84,6 +85,16 @@ def test_messages_of_the_hub_appear_once(capfd):
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert capfd.readouterr().err.count("Retrying in 1s") == 1
+
+
+def test_a_deprecation_between_the_libraries_is_not_shown(capfd):
+    code = (
+        "from autolora_hf.cli.display import show_progress; show_progress()\n"
+        "from tiny_towers import tower\n"
+        "from autolora_hf import get_autolora_model; get_autolora_model(tower())"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
+    assert "is_gradient_checkpointing" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
