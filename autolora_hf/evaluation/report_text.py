@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # Below this many images the 95 % interval is wider than ten points around the accuracies that occur in practice.
 MIN_SAMPLES = 200
 
-# With a larger share of one class among the images, answering with it alone is no sign of a model that learned nothing.
+# With a larger share of one class among the images, a good model may answer with it alone.
 ONE_CLASS_SHARE = 0.9
 
 
