@@ -120,7 +120,7 @@ def standard_warnings(report: RobustnessReport) -> list[str]:
     answers = set(report.natural_predicted)
     # A good model may do so too where nearly all images are of one class.
     if len(answers) == 1 and max(Counter(report.labels).values()) <= ONE_CLASS_SHARE * len(report.labels):
-        name = printable(class_name(*answers, report.class_names))
+        name = printable(class_name(answers.pop(), report.class_names))
         found.append(
             f"All clean images are taken for one class, {name}: the model tells no classes apart, and its robust "
             "accuracy is no more than the share of that class."
