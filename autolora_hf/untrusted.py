@@ -115,8 +115,8 @@ def safe_weights(folder: Path, name: str, of_timm: bool) -> dict[str, TensorInfo
         raise ValueError(
             f"{name} has no safetensors weights named model.safetensors. Pickled ones (.bin, .pth) are not loaded, "
             "since a pickle can run code. If you trust them, load them with the library that wrote them, and save "
-            "them again: `save_pretrained` of transformers writes safetensors, `timm.models.save_for_hf` does with "
-            "`safe_serialization=True`."
+            "them again: `save_pretrained` of transformers and `timm.models.save_for_hf(model, folder, "
+            "safe_serialization=True)` write safetensors."
         )
     content = read_json(index)
     shards = content.get("weight_map") if isinstance(content, dict) else None

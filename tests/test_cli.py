@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -51,6 +52,49 @@ def test_command_help(command, capsys):
 def test_unknown_command_is_wrong_usage(capsys):
     assert main(["quikstart"]) == 2
     assert "unknown command 'quikstart'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "wrong", "meant"),
+    [
+        ("train --model resnet18 --train-data birds", "--epochs 3", "--num-train-epochs"),
+        ("train --model resnet18 --train-data birds", "--batch_size=8", "--per-device-train-batch-size"),
+        ("train --model resnet18 --train-data birds", "--objectif slf", "--objective"),
+        ("evaluate birds --data birds", "--test-samples 5", "--samples"),
+    ],
+)
+def test_an_unknown_option_names_the_one_that_was_meant(capsys, command, wrong, meant):
+    with pytest.raises(SystemExit) as stop:
+        main([*command.split(), *wrong.split()])
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert f"unrecognized arguments: {wrong}. Did you mean " in said
+    assert meant in said.partition("Did you mean ")[2]
+
+
+def test_options_unlike_any_get_no_proposal(capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", "birds", "--data", "birds", "--xyzzy"])
+    assert "Did you mean" not in capsys.readouterr().err
+
+
+def test_messages_of_the_hub_appear_once(capfd):
+    code = (
+        "import logging; from autolora_hf.cli.display import show_progress; show_progress(); "
+        "logging.getLogger('huggingface_hub.utils._http').warning('Retrying in 1s')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert capfd.readouterr().err.count("Retrying in 1s") == 1
+
+
+def test_a_deprecation_between_the_libraries_is_not_shown(capfd):
+    code = (
+        "from autolora_hf.cli.display import show_progress; show_progress()\n"
+        "from tiny_towers import tower\n"
+        "from autolora_hf import get_autolora_model; get_autolora_model(tower())"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
+    assert "is_gradient_checkpointing" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -355,6 +355,14 @@ def _(folder):
     return next(text for text in measured().warnings if "training signal" in text)
 
 
+@case("All clean images are taken for one class")
+def _(folder):
+    model = classifier()
+    with torch.no_grad():
+        model.heads[0].bias[1] = 100
+    return next(text for text in measured(model).warnings if "one class" in text)
+
+
 @case("Only 12 images")
 def _(folder):
     return next(text for text in measured().warnings if text.startswith("Only"))

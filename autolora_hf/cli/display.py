@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping
 
 from ..evaluation import RobustnessReport
@@ -20,6 +21,10 @@ def show_progress(is_main_process: bool = True) -> None:
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("autolora_hf").setLevel(logging.INFO)
+    # PEFT asks transformers for it by the old name, which is nothing that a user could change.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    # It prints its own messages; through the root logger each would appear twice.
+    logging.getLogger("huggingface_hub").propagate = False
     # At "error" the Trainer would hide its progress bars too.
     transformers_logging.set_verbosity_warning()
 

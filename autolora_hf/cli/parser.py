@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from typing import Any, NoReturn
 
@@ -35,6 +36,19 @@ class CommandParser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
+        _, unknown, words = message.partition("unrecognized arguments: ")
+        near = [name for word in words.split() if unknown and word.startswith("--") for name in self._near(word)]
+        if near:
+            message += f". Did you mean {' or '.join(dict.fromkeys(near))}?"
         self.print_usage(sys.stderr)
         print(f"{self.prog}: error: {message}", file=sys.stderr)
         raise UsageError(message)
+
+    def _near(self, word: str) -> list[str]:
+        """Up to three options that end with what `word` names, or else that are written much like it."""
+        name = word.partition("=")[0].replace("_", "-")
+        options = [action.option_strings for action in self._actions if action.help is not argparse.SUPPRESS]
+        # One spelling of each: the training's options have another one with underscores.
+        known = list(dict.fromkeys(option[-1].replace("_", "-") for option in options if option))
+        ends = [option for option in known if option.endswith(name.removeprefix("-"))]
+        return ends[:3] or difflib.get_close_matches(name, known)

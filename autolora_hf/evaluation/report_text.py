@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ..checks import printable
 from .accuracy import Accuracy
+from .breakdown import class_name
 
 
 if TYPE_CHECKING:
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 
 # Below this many images the 95 % interval is wider than ten points around the accuracies that occur in practice.
 MIN_SAMPLES = 200
+
+# With a larger share of one class among the images, a good model may answer with it alone.
+ONE_CLASS_SHARE = 0.9
 
 
 def report_text(report: RobustnessReport) -> str:
@@ -111,6 +116,14 @@ def standard_warnings(report: RobustnessReport) -> list[str]:
         found.append(
             f"Only {robust.total} images: the 95 % interval of robust accuracy is "
             f"{100 * (robust.high - robust.low):.0f} points wide."
+        )
+    answers = set(report.natural_predicted)
+    # A good model may do so too where nearly all images are of one class.
+    if len(answers) == 1 and max(Counter(report.labels).values()) <= ONE_CLASS_SHARE * len(report.labels):
+        name = printable(class_name(answers.pop(), report.class_names))
+        found.append(
+            f"All clean images are taken for one class, {name}: the model tells no classes apart, and its robust "
+            "accuracy is no more than the share of that class."
         )
     square = next((row for row in report.attacks if row.name == "Square"), None)
     # The rule of the AutoAttack authors (0.2 points), but one image of a small sample is chance.

@@ -301,6 +301,10 @@ def test_properties():
         ({"robust": Accuracy.from_counts(901, 1000)}, r"90\.10%\) is above natural"),
         ({"robust": Accuracy.from_counts(64, 100)}, "Only 100 images: .* is 20 points wide"),
         ({"attacks": [AttackResult("Square", 650, 3, 0.647, 1.0)]}, "Square, .* broke 3 images .* gradient masking"),
+        (
+            {"labels": [0, 1, 1] * 100, "natural_predicted": [1] * 300, "class_names": ["ant", "bee"]},
+            "All clean images are taken for one class, bee: the model tells no classes apart",
+        ),
     ],
 )
 def test_warnings(changes, message):
@@ -310,3 +314,9 @@ def test_warnings(changes, message):
     assert re.search(message, found)
     complete = replace(make_report(), protocol="autoattack")
     assert standard_warnings(complete) == []
+
+
+def test_one_answer_is_right_where_nearly_all_images_are_of_one_class():
+    answers = {"labels": [0] + [1] * 19, "natural_predicted": [1] * 20, "class_names": ["ant", "bee"]}
+    report = make_report(protocol="autoattack", **answers)
+    assert not any("one class" in text for text in standard_warnings(report))
