@@ -81,7 +81,7 @@ def test_what_the_refusal_of_pickled_weights_advises_is_loaded(tmp_path):
     """timm pickles unless it is told not to."""
     network = timm.create_model("test_resnet", num_classes=3)
     save_for_hf(network, str(tmp_path), model_config={"num_classes": 3})
-    with pytest.raises(ValueError, match=r"`timm.models.save_for_hf` does with `safe_serialization=True`"):
+    with pytest.raises(ValueError, match=r"`timm.models.save_for_hf\(model, folder, safe_serialization=True\)` write"):
         get_autolora_model(str(tmp_path))
     save_for_hf(network, str(tmp_path), model_config={"num_classes": 3}, safe_serialization=True)
     get_autolora_model(str(tmp_path))
