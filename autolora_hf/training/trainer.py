@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import textwrap
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -162,7 +163,8 @@ class AutoLoraTrainer(EvaluatingTrainer):
         check_shared_folder(args, Path(args.output_dir) / PLAN)
         shown = {**self.plan, "training_data": self.plan["training_data"]["name"] or "in memory"}
         del shown["environment"]
-        logger.info("Training plan: %s", ", ".join(f"{key} {value}" for key, value in shown.items()))
+        plan = f"Training plan: {', '.join(f'{key} {value}' for key, value in shown.items())}"
+        logger.info(textwrap.fill(plan, 100, subsequent_indent="    ", break_long_words=False))
 
     # ---- data and plan ----
 
