@@ -58,7 +58,7 @@ def write_page(content: dict[str, Any]) -> None:
 
 
 def render(content: dict[str, Any], sensitivity: list[Row]) -> str:
-    parts = ["# Results", *(wrap(text) for text in GUIDE)]
+    parts = ["# Results", *(wrap(text) for text in GUIDE), *overview(content["rows"])]
     for name, task in TASKS.items():
         rows = [row for row in content["rows"] if row["task"] == name]
         if rows:
@@ -73,6 +73,32 @@ def render(content: dict[str, Any], sensitivity: list[Row]) -> str:
         "\n".join(commands),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def overview(rows: list[Row]) -> Iterator[str]:
+    """Accuracy under AutoAttack of the systems that all tasks have, side by side."""
+    there = [name for name in TASKS if any(row["task"] == name for row in rows)]
+    if len(there) < 2:
+        return
+    yield "## All tasks"
+    yield wrap(
+        "Mean accuracy under AutoAttack, per cent, at the defaults of each method; the sections below have intervals "
+        "and tests, without which these are no ranking. -: refused, diverged or not measured."
+    )
+    lines = ["| system | " + " | ".join(f"`{name}`" for name in there) + " |", "|---|" + "---:|" * len(there)]
+    for system in ELSEWHERE:
+        means = (_mean_autoattack(rows, system, task) for task in there)
+        cells = ["-" if mean is None else f"{mean:.1f}" for mean in means]
+        lines.append(f"| {' | '.join([system, *cells])} |")
+    yield "\n".join(lines)
+
+
+def _mean_autoattack(rows: list[Row], system: str, task: str) -> float | None:
+    found = [row for row in rows if (row["system"], row["task"]) == (system, task)]
+    if not found or not all("autoattack" in row for row in found):
+        return None
+    robust, attacked = (sum(row["autoattack"][index] for row in found) for index in (0, 1))
+    return 100 * robust / attacked
 
 
 def task_section(name: str, task: Task, rows: list[Row], backbone: dict[str, Any] | None) -> Iterator[str]:

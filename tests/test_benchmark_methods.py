@@ -190,6 +190,10 @@ def test_the_page_says_what_the_rows_say():
     assert "| AutoLoRa | 90.0 [90.0, 90.0] | 80.0 [80.0, 80.0] |" in shown
     assert "| PGD-AT | 90.0 [90.0, 90.0] | 30.0 [30.0, 30.0] |" in shown
     assert "| TRADES (vanilla RFT) | not measured" in shown
+    withstood = 100 * sum(one["autoattack"][0] for one in rows[:3]) / 120
+    assert f"| AutoLoRa | {withstood:.1f} | {100 * rows[-1]['autoattack'][0] / 40:.1f} |" in shown
+    assert "## All tasks" in shown and "| TRADES (vanilla RFT) | - | - |" in shown
+    assert "## All tasks" not in page.render({"rows": rows[:-1], "backbones": {}}, [])
     (pair,) = page.paired(rows[:-1])
     assert pair[0] == "PGD-AT" and pair[1].value == pytest.approx(0.5) and pair[1].p_value < 0.05
     assert "worse: PGD-AT" in shown and "| PGD-AT | +50.0 [" in shown
