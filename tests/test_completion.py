@@ -108,6 +108,9 @@ def test_options_of_train(complete):
         (["evaluate", "birds"], {"birds-robust", "birds.json"}),
         (["evaluate", "birds-robust", "--output", "birds."], {"birds.json"}),
         (["push", "birds"], {"birds-robust"}),
+        (["demo", "--natural", "birds"], {"birds-robust", "birds.json"}),
+        (["demo", "--examples", "birds"], {"birds-robust"}),
+        (["demo", "--space", "birds"], {"birds-robust"}),
     ],
 )
 def test_words(complete, words, expected):
