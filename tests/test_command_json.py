@@ -169,6 +169,19 @@ def test_push(workplace, capsys, monkeypatch):
     assert found["url"].endswith("/commit/abc") and found["files"] == {"folder": "model"}
 
 
+def test_demo(workplace, capsys, monkeypatch):
+    pytest.importorskip("gradio", reason='needs Gradio: pip install "autolora-hf[demo]"')
+    found = answer(capsys, "demo", "model", "--space", "space")
+    assert found["model"] == "model" and found["files"] == {"space": "space"}
+    assert (workplace / "space" / "app.py").is_file()
+    assert "name a new folder" in answer(capsys, "demo", "model", "--space", "space", status=1)["error"]
+    # Without a folder the document comes when the page is no longer served.
+    served = []
+    monkeypatch.setattr("autolora_hf.demo.launch.launch", lambda demo, **options: served.append((demo.title, options)))
+    assert answer(capsys, "demo", "model", "--port", "7999")["files"] == {"space": None}
+    assert served == [("model", {"host": "127.0.0.1", "port": 7999, "share": False})]
+
+
 def test_convert(workplace, capsys):
     save_file(resnet_file(**RESNET18, sets=2, down=DUAL), workplace / "robust.safetensors")
     options = ["--num-classes", "7", "--kind", "acl", "--normalization", "imagenet"]
