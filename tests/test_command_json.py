@@ -97,8 +97,14 @@ def test_evaluate(workplace, capsys):
     assert found["files"] == {"report": "r.json", "html": "r.html", "checkpoints": None}
 
     again = answer(capsys, *options, "--no-diagnostics", "--norm", "l2", "--eps", "0.5")
-    assert again["curve"] is again["expected_robustness"] is None
+    assert again["curve"] is again["expected_robustness"] is again["other_route"] is None
     assert again["threat_model"] == {"norm": "l2", "eps": 0.5}
+
+    both = answer(capsys, *options, "--no-diagnostics", "--route", "both", "--output", "r.json")
+    other = json.loads((workplace / "r.json").read_text())["other_route"]
+    assert both["route"] == "robust" and both["other_route"]["route"] == other["route"] == "natural"
+    for name, key in (("natural_accuracy", "natural"), ("robust_accuracy", "robust")):
+        assert both["other_route"][name] == {**other[key], "value": other[key]["correct"] / 12}
 
 
 TRAIN = "train --model backbone --train-data images/train --eps 1/255 --num_train_epochs 2 --attack_steps 1"
