@@ -77,7 +77,7 @@ def test_what_the_pages_for_contributors_name_is_there():
     named = {
         path.rstrip("/")
         for path in re.findall(
-            r"(?:\(|`|python )((?:autolora_hf|tests|scripts|docs|requirements|model_cards)/[\w./]*)", text
+            r"(?:\(|`|python )((?:autolora_hf|tests|scripts|docs|requirements|model_cards)/[\w./-]*)", text
         )
     }
     assert len(named) > 15
