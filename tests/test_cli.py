@@ -16,7 +16,7 @@ from tiny_models import save_colours
 
 from autolora_hf import AutoLoraConfig, Preprocessing, ThreatModel, get_autolora_model, load_autolora_model
 from autolora_hf.cli import COMMANDS, main
-from autolora_hf.hub.model_card import without_paths
+from autolora_hf.hub.model_card import public_command
 from autolora_hf.hub.push import _published
 
 
@@ -123,7 +123,11 @@ def test_train_then_evaluate(workplace, monkeypatch, capsys, mode):
     monkeypatch.chdir(workplace)
     options = "--model backbone --train-data images/train --eps 4/255 --num_train_epochs 2 --attack_steps 2"
     options += " --eval_attack_steps 2"
-    assert main(["train", *options.split(), "--mode", mode, "--output_dir", mode, "--disable_tqdm", "true"]) == 0
+    options += " --disable_tqdm true --hub_token hf_private"
+    assert main(["train", *options.split(), "--mode", mode, "--output_dir", mode]) == 0
+    assert not [
+        path for path in (workplace / mode).rglob("*") if path.is_file() and b"hf_private" in path.read_bytes()
+    ]
     config = json.loads((workplace / mode / "autolora_config.json").read_text())
     assert config["label_names"] == ["blue", "green", "red"]
     assert config["threat_model"] == {"norm": "linf", "eps": pytest.approx(4 / 255)}
@@ -318,4 +322,15 @@ def test_what_a_push_sends(workplace, full):
 
 def test_commands_on_cards_have_no_paths_of_this_machine():
     command = "autolora release /home/me/model out --data '/data/my birds/test' --eps 8/255"
-    assert without_paths(command) == "autolora release model out --data test --eps 8/255"
+    assert public_command(command) == "autolora release model out --data test --eps 8/255"
+    assert public_command("autolora release a b --base-model=/home/me/net") == "autolora release a b --base-model=net"
+
+
+@pytest.mark.parametrize(
+    "secret", ["--token hf_x", "--token=hf_x", "--tok hf_x", "--hub-token hf_x", "--hub_token hf_x", "--hub_tok=hf_x"]
+)
+def test_commands_on_cards_have_no_tokens(secret):
+    assert public_command(f"autolora train --seed 1 {secret} --hub-model-id org/a --torch-compile True") == (
+        "autolora train --seed 1 --hub-model-id org/a --torch-compile True"
+    )
+    assert public_command(f"autolora train {secret}") == "autolora train"

@@ -97,8 +97,14 @@ def test_evaluate(workplace, capsys):
     assert found["files"] == {"report": "r.json", "html": "r.html", "checkpoints": None}
 
     again = answer(capsys, *options, "--no-diagnostics", "--norm", "l2", "--eps", "0.5")
-    assert again["curve"] is again["expected_robustness"] is None
+    assert again["curve"] is again["expected_robustness"] is again["other_route"] is None
     assert again["threat_model"] == {"norm": "l2", "eps": 0.5}
+
+    both = answer(capsys, *options, "--no-diagnostics", "--route", "both", "--output", "r.json")
+    other = json.loads((workplace / "r.json").read_text())["other_route"]
+    assert both["route"] == "robust" and both["other_route"]["route"] == other["route"] == "natural"
+    for name, key in (("natural_accuracy", "natural"), ("robust_accuracy", "robust")):
+        assert both["other_route"][name] == {**other[key], "value": other[key]["correct"] / 12}
 
 
 TRAIN = "train --model backbone --train-data images/train --eps 1/255 --num_train_epochs 2 --attack_steps 1"
@@ -167,6 +173,19 @@ def test_push(workplace, capsys, monkeypatch):
     found = answer(capsys, "push", "model", "org/birds", "--license", "mit")
     assert found["repository"] == "org/birds" and found["commit"] == "abc" and found["pull_request"] is None
     assert found["url"].endswith("/commit/abc") and found["files"] == {"folder": "model"}
+
+
+def test_demo(workplace, capsys, monkeypatch):
+    pytest.importorskip("gradio", reason='needs Gradio: pip install "autolora-hf[demo]"')
+    found = answer(capsys, "demo", "model", "--space", "space")
+    assert found["model"] == "model" and found["files"] == {"space": "space"}
+    assert (workplace / "space" / "app.py").is_file()
+    assert "name a new folder" in answer(capsys, "demo", "model", "--space", "space", status=1)["error"]
+    # Without a folder the document comes when the page is no longer served.
+    served = []
+    monkeypatch.setattr("autolora_hf.demo.launch.launch", lambda demo, **options: served.append((demo.title, options)))
+    assert answer(capsys, "demo", "model", "--port", "7999")["files"] == {"space": None}
+    assert served == [("model", {"host": "127.0.0.1", "port": 7999, "share": False})]
 
 
 def test_convert(workplace, capsys):

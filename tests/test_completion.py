@@ -33,7 +33,7 @@ zpty shell zsh -f -i
 ask() { zpty -w shell $1 }
 ask "PS1=; LISTMAX=10000; autoload -Uz compinit; compinit -u -D; source ${(q)1}; compdef _shtab_autolora autolora"
 ask 'compadd() { local -a _m; builtin compadd -O _m "$@"; print -rl -- "<"${^_m}">"; builtin compadd "$@" }'
-ask 'print READY'
+ask "print 'READ''Y'"  # what is typed is shown too, and must not be taken for the answer
 zpty -m -r shell _ '*READY*'
 zpty -w -n shell "$2"$'\\t\\C-u'
 ask exit
@@ -108,6 +108,9 @@ def test_options_of_train(complete):
         (["evaluate", "birds"], {"birds-robust", "birds.json"}),
         (["evaluate", "birds-robust", "--output", "birds."], {"birds.json"}),
         (["push", "birds"], {"birds-robust"}),
+        (["demo", "--natural", "birds"], {"birds-robust", "birds.json"}),
+        (["demo", "--examples", "birds"], {"birds-robust"}),
+        (["demo", "--space", "birds"], {"birds-robust"}),
     ],
 )
 def test_words(complete, words, expected):

@@ -77,13 +77,26 @@ def test_what_the_pages_for_contributors_name_is_there():
     named = {
         path.rstrip("/")
         for path in re.findall(
-            r"(?:\(|`|python )((?:autolora_hf|tests|scripts|docs|requirements|model_cards)/[\w./]*)", text
+            r"(?:\(|`|python )((?:autolora_hf|tests|scripts|docs|requirements|model_cards)/[\w./-]*)", text
         )
     }
     assert len(named) > 15
     # What is to be made by following the page.
     missing = [path for path in named - {"autolora_hf/objectives/mixed.py"} if not (ROOT / path).exists()]
     assert not missing
+
+
+def test_commands_for_contributors_exist():
+    """Scripts, tests and options in the blocks of shell commands."""
+    pytest.importorskip("sybil", reason='needs sybil: pip install "autolora-hf[test]"')
+    pytest.importorskip("markdown_it", reason='needs markdown-it-py: pip install "autolora-hf[test]"')
+    from docs_blocks import commands, problem_of
+
+    lines = [words for block in re.findall(r"^```bash\n(.*?)^```$", PAGE, re.M | re.S) for words in commands(block)]
+    others = {("python3.11", "-m", "venv"), ("source", ".venv/bin/activate"), ("python", "-m", "mypy")}
+    read = [words for words in lines if tuple(words[:3]) not in others and words[0] != "ruff"]
+    assert len(read) > 5
+    assert not [(words, problem_of(words)) for words in read if problem_of(words)]
 
 
 def test_the_version_has_one_place():

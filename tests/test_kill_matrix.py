@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -34,6 +35,55 @@ def test_killed_runs_end_with_the_same_bits(tmp_path, name):
     assert done.returncode == 0, done.stdout + done.stderr
     (row,) = json.loads(report.read_text())["rows"]
     assert row["kills"] == KILLS and row["runs_equal"] == row["runs"] > 0
+
+
+PAGE = SCRIPTS.parent / "docs" / "reliability.md"
+
+
+def test_the_page_has_what_was_measured():
+    """The tables of docs/reliability.md are written by hand, of files that the scripts write."""
+    rows = re.findall(
+        r"^\| (.+) \| (\d+) \| (\d+) \((\d+), (\d+), (\d+)\) \| (\d+) \| (\d+) \|$", PAGE.read_text(), re.M
+    )
+    report = json.loads((PAGE.parent / "kill_matrix.json").read_text())
+    measured = [
+        (
+            row["processes"],
+            row["kills"],
+            *(row["kinds"][kind] for kind in ("time", "file", "call")),
+            row["runs"],
+            row["runs_equal"],
+        )
+        for row in report["rows"]
+    ]
+    assert [tuple(map(int, numbers)) for _, *numbers in rows] == measured
+    assert [name for name, *_ in rows] == [row["setup"] for row in report["rows"]]
+    totals = re.search(r"^\| all \| +\| (\d+) \| (\d+) \| (\d+) \|$", PAGE.read_text(), re.M)
+    sums = [sum(row[key] for row in report["rows"]) for key in ("kills", "runs", "runs_equal")]
+    assert list(map(int, totals.groups())) == sums and not any(row["problems"] for row in report["rows"])
+
+
+@pytest.mark.parametrize("name", ["soak_before", "soak"])
+def test_the_page_has_what_the_soak_measured(name):
+    found = re.search(
+        rf"^\|.*\(`{name}\.json`\) \| (\d+) \| (\d+), (\d+) \| ([\d,]+) to ([\d,]+) MiB.* \| (\d+), (\d+) \|$",
+        PAGE.read_text(),
+        re.M,
+    )
+    report = json.loads((PAGE.parent / f"{name}.json").read_text())
+    summary, rows = report["summary"], report["rows"]
+    later = [row["resident_mib"] for row in rows[len(rows) // 10 :]]
+    files = [row["open_files"] for row in rows]
+    expected = [
+        round(summary["minutes"]),
+        summary["epochs"],
+        summary["steps"],
+        min(later),
+        max(later),
+        files[0],
+        files[-1],
+    ]
+    assert [int(number.replace(",", "")) for number in found.groups()] == [round(value) for value in expected]
 
 
 def test_a_difference_is_noticed():

@@ -15,9 +15,10 @@ from typing import Any, get_args
 SHELLS = ("bash", "zsh", "fish")
 
 # Arguments that name something on this machine; what is on the Hub cannot be completed.
-FOLDERS = ("checkpoint_dir", "data", "folder", "output_dir", "test_data", "train_data", "validation_data")
+FOLDERS = ("checkpoint_dir", "data", "folder", "output_dir", "space", "test_data", "train_data", "validation_data")
 # The models may be folders too, which are completed with files.
-FILES = ("base_model", "html", "model", "output", "resume_from_checkpoint", "source", "training_log", "transfer_from")
+FILES = ("base_model", "html", "model", "natural", "output", "resume_from_checkpoint", "source", "training_log")
+FILES += ("transfer_from",)
 
 
 def completion_script(shell: str, commands: dict[str, str]) -> str:
@@ -48,7 +49,8 @@ def _all_commands(commands: dict[str, str], file: Any, folder: Any) -> argparse.
             # Of `--output_dir` and `--output-dir`, which are the same, one is enough.
             if any("-" in option.lstrip("-") for option in action.option_strings):
                 action.option_strings = [option for option in action.option_strings if "_" not in option]
-            if action.dest in FOLDERS:
+            # `--examples` is a folder of `demo` and a number of `evaluate`.
+            if action.dest in FOLDERS or action.metavar == "DIR":
                 action.complete = folder
             elif action.dest in FILES:
                 action.complete = file

@@ -125,7 +125,7 @@ def run(argv: list[str]) -> CommandResult:
         license=args.license,
         figures=figures,
         separate=train is not None,
-        command=f"autolora release {shlex.join(_without_token(argv))}",
+        command=f"autolora release {shlex.join(argv)}",
     )
     print(f"\nReleased in {folder}/. Publish it with: autolora push {folder} {args.name or 'ORG/NAME'}")
     return CommandResult(
@@ -206,13 +206,3 @@ def _repair(model: AutoLoraModel, train: Any, test: Any, args: argparse.Namespac
     model.training_plan = {**plan, **{f"repair_{key}": value for key, value in trainer.plan.items()}}
     model.eval()
     return test
-
-
-def _without_token(argv: list[str]) -> list[str]:
-    """The command line as a card may show it."""
-    kept, skip = [], False
-    for word in argv:
-        if not (skip or word.startswith("--token")):
-            kept.append(word)
-        skip = word == "--token"
-    return kept

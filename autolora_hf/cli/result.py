@@ -46,6 +46,7 @@ class CommandResult:
 def report_values(report: RobustnessReport) -> dict[str, Any]:
     """A robustness report as `--json` shows it: what was measured, without the answers to single images."""
     worst, curve, corrupted = report.worst_class, report.curve, report.corruption_summary
+    other = report.other_route
     calibrations = {"natural": report.calibration(), "under_attack": report.calibration(under_attack=True)}
     reason = None
     if not report.publishable:
@@ -59,6 +60,12 @@ def report_values(report: RobustnessReport) -> dict[str, Any]:
         "not_publishable_because": reason,
         "threat_model": dataclasses.asdict(report.threat_model),
         "route": report.route,
+        "other_route": other
+        and {
+            "route": other.route,
+            "natural_accuracy": accuracy_values(other.natural),
+            "robust_accuracy": accuracy_values(other.robust),
+        },
         "images": len(report.sample_indices),
         "dataset_images": report.dataset_size,
         "seed": report.seed,

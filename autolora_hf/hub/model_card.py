@@ -31,6 +31,8 @@ TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 CARD = "README.md"
 # Of a training and of the repair of an adapter: what the table of the plan has no place for.
 _NOT_CELLS = ("environment", "repair_environment", "warnings", "repair_warnings")
+# Options that take a token: the shortest beginning that no other option has, and the whole.
+_TOKENS = (("--to", "--token"), ("--hub-t", "--hub-token"))
 
 
 def write_model_card(
@@ -103,7 +105,7 @@ def write_model_card(
         not_cells=_NOT_CELLS,
         training_warnings=_training_warnings(model.training_plan or {}),
         training_note=training_note,
-        command=None if command is None else without_paths(command),
+        command=None if command is None else public_command(command),
         separate=separate,
         extraction=(model.training_plan or {}).get("extraction"),
         figures=dict(figures or {}),
@@ -145,9 +147,25 @@ def reports_of(model: AutoLoraModel) -> list[RobustnessReport]:
     return sorted(reports, key=lambda report: not report.publishable)
 
 
-def without_paths(command: str) -> str:
-    """A command line in which absolute paths of this machine are names of files and folders."""
-    return shlex.join(Path(word).name if os.path.isabs(word) else word for word in shlex.split(command))
+def public_command(command: str) -> str:
+    """A command line as others may read it: no token, and of absolute paths of this machine the last part alone."""
+    words, is_secret = [], False
+    for word in shlex.split(command):
+        option, equals, value = word.partition("=")
+        if is_secret or _names_a_token(option):
+            # The value is the next word, if it is not part of this one.
+            is_secret = not is_secret and not equals
+            continue
+        if option.startswith("--") and os.path.isabs(value):
+            word = f"{option}={Path(value).name}"
+        words.append(Path(word).name if os.path.isabs(word) else word)
+    return shlex.join(words)
+
+
+def _names_a_token(option: str) -> bool:
+    """Whether it is an option that takes a token, or the beginning of one, which argparse understands too."""
+    name = option.replace("_", "-")
+    return any(name.startswith(least) and whole.startswith(name) for least, whole in _TOKENS)
 
 
 def rows_of_results(results: Sequence[RobustnessReport]) -> list[str]:
