@@ -81,6 +81,15 @@ def test_the_costs_of_objectives_are_those_of_the_results():
         assert [time, natural, autoattack] == [mean_time, mean_natural.split()[0], mean_autoattack], objective
 
 
+def test_the_table_of_the_readme_is_that_of_the_results():
+    results = {row[0]: row for row in rows((DOCS / "results.md").read_text(), "| system |", "## All tasks")}
+    quoted = rows((DOCS.parent / "README.md").read_text(), "| | digits |")
+    names = {"TRADES": "TRADES (vanilla RFT)", "LoRA-AT (an adapter)": "LoRA-AT"}
+    assert len(quoted) > 5
+    for name, *figures in quoted:
+        assert figures == results[names.get(name, name)][1:], name
+
+
 def test_every_figure_in_choosing_a_method_was_measured():
     """Those with a decimal or thousands: on a page of results, or a mean over the seeds of a point of the grid."""
     figure = r"(?<![\d.,])\d+\.\d+(?![\d.])|(?<![\d.,])\d{1,3},\d{3}\b"
