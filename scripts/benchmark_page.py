@@ -32,17 +32,22 @@ GUIDE = (
     "weights and shape of the learning rate, and starts at the package's 0.01 (adapters: 0.005). TWINS' own 0.003 is "
     "too low for trainings as short as these (section Sensitivity), and linear probes have hardly converged at 0.01.",
     "**The tables.** Natural accuracy and PGD-20 are of all test images: mean over the seeds [lowest, highest], per "
-    "cent. AutoAttack (standard) is of the same test images for every system and seed; its interval is "
-    "Clopper-Pearson's of the verdicts of all seeds together, which are not independent, so it is narrow rather than "
-    "wide. Time is the processor time of the training, AutoLoRa's being 1. Memory is by how much the training raised "
-    "the peak of a fresh process (resident memory) above what network, images and libraries took before it. "
-    '"Trained" counts parameters that get a gradient, "published" the values of the deployed route that training '
-    "changes.",
+    "cent. AutoAttack (the four attacks of the standard version, in full precision, on what a first PGD-10 left) is "
+    "of some test images, the same for every system and seed: compare it within its column. They may be easier or "
+    "harder than all (on `digits` easier), so that it can be above PGD-20 of all; of the same images it is not. Where "
+    "the two are far apart, as for some systems on `photos`, go by AutoAttack. Its interval is Clopper-Pearson's of "
+    "the verdicts of all seeds together, which are not independent, so it is narrow rather than wide. Who guesses is "
+    "right in 10 per cent (photographs: 20).",
+    "Time is the processor time of the training, AutoLoRa's being 1. Memory is by how much the training raised the "
+    "peak of a fresh process (resident memory) above what network, images and libraries took before it; empty where "
+    'it was not measured. "Trained" counts parameters that get a gradient, "published" the values that are saved for '
+    "deployment: of adapters branch, head and norms, else the whole network.",
     "**The paired tests** ask whether AutoLoRa with its defaults differs from another system in the share of test "
     "images that withstand the attack, and would again with other seeds and other images: both are taken as samples "
     "(a two-way layout of the paired verdicts after Dorfman, Berbaum & Metz, 1992, and Hillis, 2007). p is adjusted "
-    "for the number of systems (Holm). With few seeds only large differences can be shown in this way: that one is "
-    "not shown does not mean that there is none. The last column asks less, whether *these* trained networks differ "
+    "for the number of systems (Holm), the intervals are not: one without 0 beside a p above 0.05 shows nothing. With "
+    "few seeds only large differences can be shown in this way: that one is not shown does not mean that there is "
+    "none. The last column asks less, whether *these* trained networks differ "
     "on other images (exact sign-flip test of the images under AutoAttack, Holm).",
 )
 
@@ -85,12 +90,33 @@ def overview(rows: list[Row]) -> Iterator[str]:
         "Mean accuracy under AutoAttack, per cent, at the defaults of each method; the sections below have intervals "
         "and tests, without which these are no ranking. -: refused, diverged or not measured."
     )
+    tested = list(_shown(rows, there))
+    if tested:
+        yield f"Shown to differ from AutoLoRa's defaults at the level of {100 * LEVEL:g} per cent (paired tests):"
+        yield "\n".join(wrap(f"- {line}", indent="  ") for line in tested)
     lines = ["| system | " + " | ".join(f"`{name}`" for name in there) + " |", "|---|" + "---:|" * len(there)]
     for system in ELSEWHERE:
         means = (_mean_autoattack(rows, system, task) for task in there)
         cells = ["-" if mean is None else f"{mean:.1f}" for mean in means]
         lines.append(f"| {' | '.join([system, *cells])} |")
     yield "\n".join(lines)
+
+
+def _shown(rows: list[Row], tasks: list[str]) -> Iterator[str]:
+    """By task, which systems the paired tests tell from AutoLoRa, and under which attack."""
+    for task in tasks:
+        pairs = list(paired([row for row in rows if row["task"] == task and "verdicts" in row]))
+        told = []
+        for word, sign in (("better", -1), ("worse", 1)):
+            by_attack = {attack: shown_by(pairs, sign, column) for attack, column in COLUMNS.items()}
+            names = {
+                pair[0]: [attack for attack, found in by_attack.items() if pair[0] in found]
+                for pair in pairs
+                if any(pair[0] in found for found in by_attack.values())
+            }
+            told.append(f"{word}: " + (", ".join(f"*{x}* ({', '.join(y)})" for x, y in names.items()) or "none"))
+        if pairs:
+            yield f"`{task}` ({len(pairs)} systems): {'; '.join(told)}."
 
 
 def _mean_autoattack(rows: list[Row], system: str, task: str) -> float | None:
@@ -180,6 +206,8 @@ def table(names: Iterable[str], rows: list[Row]) -> Iterator[str]:
 # ---- paired tests ----
 
 Pair = tuple[str, Difference, Difference, float]
+# Where the differences stand in a pair.
+COLUMNS = {"PGD-20": 1, "AutoAttack": 2}
 
 
 def verdicts(rows: list[Row], system: str, attack: str) -> dict[int, list[bool]]:
@@ -226,17 +254,21 @@ def paired_table(pairs: list[Pair]) -> Iterator[str]:
         yield f"| {' | '.join([*cells, probability(networks)])} |"
 
 
+def shown_by(pairs: list[Pair], sign: int, column: int) -> list[str]:
+    """Systems that are shown to be worse than AutoLoRa (sign 1) or better (-1) under the attack of a column."""
+    return [pair[0] for pair in pairs if pair[column].p_value <= LEVEL and sign * pair[column].value > 0]
+
+
 def _verdict(pairs: list[Pair]) -> str:
     """Which systems differ from AutoLoRa's defaults, in words."""
 
     def names(sign: int, column: int) -> str:
-        found = [pair[0] for pair in pairs if pair[column].p_value <= LEVEL and sign * pair[column].value > 0]
-        return ", ".join(found) or "none"
+        return ", ".join(f"*{name}*" for name in shown_by(pairs, sign, column)) or "none"
 
     higher = [pair[0] for pair in pairs if pair[2].value < 0]
     return (
         f"Under AutoAttack {len(higher)} of {len(pairs)} systems have a higher mean than AutoLoRa's defaults"
-        + (f" ({', '.join(higher)})" if higher else "")
+        + (f" ({', '.join(f'*{name}*' for name in higher)})" if higher else "")
         + f". Shown at the level of {100 * LEVEL:g} per cent under AutoAttack: better than AutoLoRa: {names(-1, 2)}; "
         f"worse: {names(1, 2)}. Under PGD-20: better: {names(-1, 1)}; worse: {names(1, 1)}."
     )

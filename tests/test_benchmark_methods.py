@@ -8,6 +8,7 @@ import torch
 from script_modules import load
 
 from autolora_hf import config_for
+from autolora_hf.data import stratified_subset
 from autolora_hf.objectives import OBJECTIVES
 from autolora_hf.quickstart import QuickstartSettings, load_digits, train_on_digits
 
@@ -196,7 +197,8 @@ def test_the_page_says_what_the_rows_say():
     assert "## All tasks" not in page.render({"rows": rows[:-1], "backbones": {}}, [])
     (pair,) = page.paired(rows[:-1])
     assert pair[0] == "PGD-AT" and pair[1].value == pytest.approx(0.5) and pair[1].p_value < 0.05
-    assert "worse: PGD-AT" in shown and "| PGD-AT | +50.0 [" in shown
+    assert "- `digits` (1 systems): better: none; worse: *PGD-AT* (PGD-20, AutoAttack)." in shown
+    assert "worse: *PGD-AT*." in shown and "| PGD-AT | +50.0 [" in shown
     assert f"## {tasks.TASKS['photos'].title}" in shown and f"## {tasks.TASKS['clothing'].title}" not in shown
     assert "## Sensitivity" not in shown
     assert (
@@ -259,6 +261,17 @@ def test_grids_go_through_the_defaults():
         assert all(getattr(defaults, option) == value for option, value in options.items())
     rates = {method: {point.rate for point in grid} for method, grid in sensitivity.GRIDS.items()}
     assert 0.005 in rates.pop("LoRA-AT") and all(0.01 in found for found in rates.values())
+
+
+def test_autoattack_is_no_weaker_than_pgd_on_the_same_images():
+    """It may be above PGD-20 of all test images, as the page says, and never is of those that it attacks."""
+    labels = tasks.TASKS["digits"].test().labels.tolist()
+    rows = [one for one in page.load_results()["rows"] if one["task"] == "digits" and "verdicts" in one]
+    assert rows
+    for one in rows:
+        pgd, auto = (run.unpacked(one["verdicts"][attack]) for attack in ("pgd20", "autoattack"))
+        same = [pgd[index] for index in stratified_subset(labels, len(auto), 0)]
+        assert sum(auto) <= sum(same), (one["system"], one["seed"])
 
 
 def test_the_committed_page_is_of_the_committed_figures():
