@@ -11,6 +11,8 @@ import numpy as np
 from benchmark_run import packed, unpacked
 from benchmark_systems import System, adapter
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from results_text import FEWEST_SEEDS, points, probability, wrap
 
 from autolora_hf.evaluation import Accuracy
@@ -31,6 +33,8 @@ class Point(NamedTuple):
 
 
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
+# From the lowest rate to the highest; they differ in lightness, too.
+SHADES = ("#FFFFFF", "#BFD7EA", "#6FA8D0", "#2F6C9E", "#0B2545")
 
 
 def _grid(name: str, objective: str, options: list[dict[str, float]], **config: Any) -> list[Point]:
@@ -150,7 +154,8 @@ def sensitivity_section(rows: list[Row]) -> Iterator[str]:
         f"The task is `digits`, with AutoAttack on {len(default.verdicts('autoattack')[0])} of its test images and "
         f"PGD-20 on all. Every learning rate at the start ({', '.join(f'{rate:g}' for rate in RATES)}; half of that "
         "for adapters) is combined with every loss weight; everything else, the shape of the learning rate included, "
-        "is each method's own. AutoLoRa's paper promises that it needs no such search and shows no grid."
+        "is each method's own. AutoLoRa's paper promises that it needs no such search and shows no grid. MART, AR-AT "
+        "and the other systems of the benchmark have no grid here."
     )
     diverged = {setting.name: setting.diverged for grid in found.values() for setting in grid if setting.diverged}
     if diverged:
@@ -300,33 +305,49 @@ def draw(rows: list[Row], path: Path) -> None:
     if not found:
         return
     default = default_of(found)
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = Figure(figsize=(10, 4.8), layout="constrained")
     for axis, (attack, name) in zip(figure.subplots(1, 2, sharey=True), ATTACKS.items(), strict=True):
         own = np.asarray(default.verdicts(attack))
         interval = Accuracy.from_counts(int(own.sum()), own.size)
         axis.axhspan(100 * interval.low, 100 * interval.high, color="#0072B2", alpha=0.12, linewidth=0)
         line = axis.axhline(100 * interval.value, color="#0072B2", label="AutoLoRa, defaults")
+        band = Patch(color="#0072B2", alpha=0.12, label="its 95 % interval on other images")
         for place, grid in enumerate(found.values()):
-            # Side by side by learning rate, so that equal values stay visible.
-            offsets = np.linspace(-0.28, 0.28, len(grid))
+            # From the lowest learning rate to the highest, so that the picture shows what it decides.
+            grid = sorted(grid, key=lambda setting: setting.rate)
+            offsets = np.linspace(-0.34, 0.34, len(grid))
             values = [100 * setting.accuracy(attack) for setting in grid]
-            spots = axis.scatter(place + offsets, values, s=18, color="#5A5A5A", label="a point of the grid", zorder=3)
+            rates = sorted({setting.rate for setting in grid})
+            colors = [SHADES[rates.index(setting.rate)] for setting in grid]
+            axis.scatter(place + offsets, values, s=26, c=colors, edgecolors="#333333", linewidths=0.4, zorder=3)
             picked = grid.index(summarise(grid, attack).picked)
             star = axis.scatter(
                 place + offsets[picked],
                 values[picked],
-                s=150,
+                s=170,
                 marker="*",
-                color="#C43C00",
+                facecolors="none",
+                edgecolors="#C43C00",
+                linewidths=1.4,
                 label="picked by validation",
                 zorder=4,
             )
-            middle, ends = statistics.median(values), (place - 0.32, place + 0.32)
+            middle, ends = statistics.median(values), (place - 0.38, place + 0.38)
             median = axis.hlines(middle, *ends, color="#8A8A8A", linewidth=1, label="median of the grid")
         axis.set_xticks(range(len(found)), list(found), rotation=15)
         axis.set_title(f"{name}, mean of {len(default.rows)} seeds", fontsize=10)
         axis.grid(axis="y", alpha=0.25, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("robust test accuracy, per cent")
-    figure.legend(handles=[line, spots, star, median], loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+    spots = [
+        Line2D(
+            [], [], marker="o", linestyle="", color=shade, markeredgecolor="#333333", markeredgewidth=0.4, label=name
+        )
+        for shade, name in zip(SHADES, (f"rate {rate:g}" for rate in RATES), strict=True)
+    ]
+    style = {"frameon": False, "fontsize": 9}
+    figure.legend(handles=[line, band, star, median], loc="outside upper center", ncols=4, **style)
+    figure.legend(
+        handles=spots, loc="outside lower center", ncols=len(spots), title="starting at (LoRA-AT: half)", **style
+    )
     figure.savefig(path, dpi=130)
