@@ -44,9 +44,10 @@ def write_card(name: str) -> Path:
             dataset=task.dataset,
             separate=True,
             training_note=(
-                f"{task.what} The backbone is `TASKS[{name!r}].backbone()` of `scripts/benchmark_tasks.py`, which "
-                "trains a robust one where it is not in the cache. The adapter belongs to the very weights it was "
-                "trained on: `load_autolora_model` warns if they are others."
+                f"{task.what} The backbone is `TASKS[{name!r}].backbone()` of `scripts/benchmark_tasks.py`"
+                + (", which trains a robust one where it is not in the cache" if task.recipe else "")
+                + ". The adapter belongs to the very weights it was trained on: `load_autolora_model` warns if they "
+                "are others."
             ),
             command=f"python scripts/benchmark_methods.py --task {name} --cards",
             figures={"The training: validation accuracies, loss scalars, learning rate": CURVES},

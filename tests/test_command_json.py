@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -183,7 +184,9 @@ def test_demo(workplace, capsys, monkeypatch):
     assert "name a new folder" in answer(capsys, "demo", "model", "--space", "space", status=1)["error"]
     # Without a folder the document comes when the page is no longer served.
     served = []
-    monkeypatch.setattr("autolora_hf.demo.launch.launch", lambda demo, **options: served.append((demo.title, options)))
+    # The module, which a function of the same name hides.
+    module = import_module("autolora_hf.demo.launch")
+    monkeypatch.setattr(module, "launch", lambda demo, **options: served.append((demo.title, options)))
     assert answer(capsys, "demo", "model", "--port", "7999")["files"] == {"space": None}
     assert served == [("model", {"host": "127.0.0.1", "port": 7999, "share": False})]
 
