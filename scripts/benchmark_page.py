@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark_run import unpacked
-from benchmark_systems import ELSEWHERE, GROUPS, OWN, SYSTEMS
+from benchmark_systems import ELSEWHERE, GROUPS, OWN, PARTS, SYSTEMS
 from benchmark_tasks import TASKS, Task
 from results_text import FEWEST_SEEDS, points, probability, spread, wrap
 from sensitivity_page import SENSITIVITY, sensitivity_section
@@ -135,6 +135,8 @@ def task_section(name: str, task: Task, rows: list[Row], backbone: dict[str, Any
         for group, systems in GROUPS.items():
             yield f"### {group}"
             yield "\n".join(table([system.name for system in systems], rows))
+            if group == PARTS and (told := _without_parts([system.name for system in systems], rows)):
+                yield wrap(told)
     else:
         yield "\n".join(table(ELSEWHERE, rows))
     pairs = list(paired(measured))
@@ -142,6 +144,23 @@ def task_section(name: str, task: Task, rows: list[Row], backbone: dict[str, Any
         yield "### Paired tests against AutoLoRa's defaults"
         yield wrap(_verdict(pairs))
         yield "\n".join(paired_table(pairs))
+
+
+def _without_parts(names: list[str], rows: list[Row]) -> str:
+    """What the variants of AutoLoRa say of its parts, as far as means can."""
+    means = {name: _mean_autoattack(rows, name, "digits") for name in (OWN, *names)}
+    own = means.pop(OWN)
+    found = {name: mean for name, mean in means.items() if mean is not None}
+    if own is None or not found:
+        return ""
+    higher = [f"*{name}* ({mean:.1f})" for name, mean in found.items() if mean > own]
+    tested = any(row["system"] in found and "verdicts" in row for row in rows)
+    return (
+        f"AutoLoRa has {own:.1f} under AutoAttack; {len(higher)} of these {len(found)} have a higher mean"
+        + (f": {', '.join(higher)}" if higher else "")
+        + ". This task does not show that each of its parts is of use."
+        + ("" if tested else " The differences were not tested.")
+    )
 
 
 def _setting(name: str, task: Task, rows: list[Row], backbone: dict[str, Any] | None) -> str:

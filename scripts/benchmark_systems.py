@@ -41,6 +41,7 @@ def adapter(branch: str, **options: Any) -> dict[str, Any]:
 
 
 PROBE = {"init": "adversarial-linear-probe"}
+PARTS = "What AutoLoRa is without one of its parts"
 GROUPS: dict[str, tuple[System, ...]] = {
     "The whole network trains": (
         System("AutoLoRa", "autolora"),
@@ -76,7 +77,7 @@ GROUPS: dict[str, tuple[System, ...]] = {
         System("HRA, PGD-AT", "pgd-at", adapter("hra")),
         System("(IA)3, PGD-AT", "pgd-at", adapter("ia3")),
     ),
-    "What AutoLoRa is without one of its parts": (
+    PARTS: (
         System("no stop-gradient", "autolora", {"stop_gradient": False}),
         System("no KL term", "autolora", arguments={"scalar_lambda2_max": 0.0}),
         System("fixed scalars 0.5 and 3", "autolora", arguments={"loss_scalars": [0.5, 3.0]}),

@@ -201,6 +201,10 @@ def test_the_page_says_what_the_rows_say():
     assert "worse: *PGD-AT*." in shown and "| PGD-AT | +50.0 [" in shown
     assert f"## {tasks.TASKS['photos'].title}" in shown and f"## {tasks.TASKS['clothing'].title}" not in shown
     assert "## Sensitivity" not in shown
+    assert "each of its parts" not in shown
+    variant = {**row("no KL term", 0, 0.9), "autoattack": [39, 40]}
+    told = page.render({"rows": [*rows[:3], variant], "backbones": {}}, []).replace("\n", " ")
+    assert "1 of these 1 have a higher mean: *no KL term* (97.5)" in told and "not tested" not in told
     assert (
         max(map(len, (line for line in shown.splitlines() if "|" not in line and "autolora train" not in line))) < 120
     )
