@@ -321,7 +321,7 @@ TASKS: dict[str, Task] = {
         title="ImageNet to photographs, EfficientNet-Lite0",
         what="Weights of ImageNet that were never robust become a classifier of cut-out photographs (stamps of Tux "
         f"Paint: {', '.join(PHOTOS)}) of {SIZE} pixels. A backbone that is not robust is outside what AutoLoRa was "
-        "published for. The radius is 1/255 since hardly any image withstood PGD at 2/255 in a first trial.",
+        "published for. The radius is 1/255 since hardly any test image withstood PGD at 2/255 in a first trial.",
         label_names=list(PHOTOS),
         backbone=lambda: efficientnet_lite0(len(PHOTOS)),
         train=lambda seed: photos("train", SIZE),
