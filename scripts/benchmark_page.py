@@ -31,7 +31,8 @@ GUIDE = (
     "methods differ *here*; they are no ranking of methods. No system was tuned: each has its own published loss "
     "weights and shape of the learning rate, and the package's optimizer and rate at the start: SGD at 0.01, adapters "
     "AdamW at 0.005, for the ViT, too, where AdamW is usual. RoLI is an additional stage of training. TWINS' own "
-    "0.003 is too low for trainings as short as these (section Sensitivity), and linear probes have hardly converged at 0.01.",
+    "0.003 is too low for trainings as short as these (section Sensitivity), and linear probes have hardly converged "
+    "at 0.01.",
     "**The tables.** Natural accuracy and PGD-20 are of all test images: mean over the seeds [lowest, highest], per "
     "cent. AutoAttack (the four attacks of the standard version, in full precision, on what a first PGD-10 left) is "
     "of some test images, the same for every system and seed: compare it within its column. They may be easier or "
