@@ -17,8 +17,17 @@ SHELLS = ("bash", "zsh", "fish")
 # Arguments that name something on this machine; what is on the Hub cannot be completed.
 FOLDERS = ("checkpoint_dir", "data", "folder", "output_dir", "space", "test_data", "train_data", "validation_data")
 # The models may be folders too, which are completed with files.
-FILES = ("base_model", "html", "model", "natural", "output", "resume_from_checkpoint", "source", "training_log")
-FILES += ("transfer_from",)
+FILES = (
+    "base_model",
+    "html",
+    "model",
+    "natural",
+    "output",
+    "resume_from_checkpoint",
+    "source",
+    "training_log",
+    "transfer_from",
+)
 
 
 def completion_script(shell: str, commands: dict[str, str]) -> str:
