@@ -33,7 +33,9 @@ zpty shell zsh -f -i
 ask() { zpty -w shell $1 }
 ask "PS1=; LISTMAX=10000; autoload -Uz compinit; compinit -u -D; source ${(q)1}; compdef _shtab_autolora autolora"
 ask 'compadd() { local -a _m; builtin compadd -O _m "$@"; print -rl -- "<"${^_m}">"; builtin compadd "$@" }'
-ask "print 'READ''Y'"  # what is typed is shown too, and must not be taken for the answer
+# Keys before the line editor has the terminal would be the terminal's own. What is typed is shown too, and must not be
+# taken for the answer.
+ask "zle-line-init() { print 'READ''Y' }; zle -N zle-line-init"
 zpty -m -r shell _ '*READY*'
 zpty -w -n shell "$2"$'\\t\\C-u'
 ask exit
